@@ -42,7 +42,7 @@ def adjusted_accuracy(
     w = np.asarray(train_counts, float)
     return float(np.sum(np.where(w > 0, w*np.asarray(acc), 0))/w.sum()) if w.any() else math.nan
 
-# %% ../../nbs/30_classifier.metrics.ipynb #bec69cf0
+# %% ../../nbs/30_classifier.metrics.ipynb #09e63aa6
 def wilson(
     p:float, # observed proportion in [0, 1]; may be a mean over seeds
     n:int, # items it was observed on
@@ -51,7 +51,7 @@ def wilson(
     "Wilson score interval of a proportion (Wilson 1927)."
     from statistics import NormalDist
     if not n or not np.isfinite(p): return math.nan, math.nan
-    z = NormalDist().inv_cdf((1 + level)/2)
+    p, n, z = float(p), int(n), NormalDist().inv_cdf((1 + level)/2)
     centre, half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return max(0., (centre - half)/(1 + z*z/n)), min(1., (centre + half)/(1 + z*z/n))
 
