@@ -245,7 +245,7 @@ def forward(self: ConvDecoder,
     x = self.inner(feat).view(len(feat), self.side, self.side, -1).permute(0, 3, 1, 2)   # channels_last as it comes
     return self.output(self.stages(self.start(x)).float())
 
-# %% ../../nbs/21_dreamer.networks.ipynb #05afe681
+# %% ../../nbs/21_dreamer.networks.ipynb #4d61ab0b
 @torch.no_grad()
 def layer_table(
     model: nn.Module, # any model
@@ -264,6 +264,8 @@ def layer_table(
         model(*args)
     finally:
         for handle in handles: handle.remove()
+    for name, module in leaves:                          # parts that are used without being called
+        if any(True for _ in module.parameters()): rows.setdefault(name, (name, type(module).__name__, '', sum(p.numel() for p in module.parameters())))
     return list(rows.values())
 
 # %% ../../nbs/21_dreamer.networks.ipynb #f8514aa2
