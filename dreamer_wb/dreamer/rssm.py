@@ -14,7 +14,7 @@ from ..core.config import DynamicsConfig
 from .distributions import Categorical, Gaussian, balanced_kl
 from .networks import BlockLinear, activation, fan_in_normal_, init_weights, mlp, vector_norm
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #d68ccb37
+# %% ../../nbs/22_dreamer.rssm.ipynb #17a98609
 class BlockGRU(nn.Module):
     "DreamerV3's recurrent cell with block-diagonal weights."
     def __init__(self,
@@ -33,6 +33,7 @@ class BlockGRU(nn.Module):
         for layer in (self.shared, self.action): fan_in_normal_(layer.weight.data, fan_in)
         self.norm, self.act = vector_norm(norm, deter), activation(act)
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #c27da641
 @patch
 def forward(self: BlockGRU,
     h: Tensor,      # (B, D) memory, float32
@@ -91,7 +92,7 @@ class RSSM(nn.Module):
 
     def extra_repr(self): return f'{self.cfg.latent}, stoch={self.n_stoch}, deter={self.n_deter}, action={self.n_action}'
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #23397044
+# %% ../../nbs/22_dreamer.rssm.ipynb #32397d32
 @patch
 def stats(self: RSSM,
     raw: Tensor, # (..., n_raw) output of the prior or posterior network
@@ -101,6 +102,7 @@ def stats(self: RSSM,
     mean, std = raw.float().chunk(2, -1)
     return {'mean': mean, 'std': 2 * (std / 2).sigmoid() + self.cfg.min_std}
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #81512d4e
 @patch
 def dist(self: RSSM,
     state: dict, # holds what `stats` returns
@@ -117,7 +119,7 @@ def initial(self: RSSM,
     stats = self.stats(deter.new_zeros(B, self.prior[-1].out_features))
     return {'deter': deter, 'stoch': deter.new_zeros(B, self.n_stoch), **stats}
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #4be35541
+# %% ../../nbs/22_dreamer.rssm.ipynb #57e3fac2
 @patch
 def noise(self: RSSM,
     *lead: int,          # leading axes, e.g. T, B
@@ -129,6 +131,7 @@ def noise(self: RSSM,
     if self.gaussian: return torch.randn(*lead, self.cfg.stoch, device=like.device)
     return torch.empty(*lead, self.cfg.stoch, self.cfg.classes, device=like.device).exponential_()
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #1eeb6469
 @patch
 def draw(self: RSSM,
     stats: dict,        # from `stats`, leading (B,)
@@ -139,6 +142,7 @@ def draw(self: RSSM,
     stoch = dist.mode if noise is None else dist.sample(noise)
     return stoch if self.gaussian else stoch.flatten(-2)
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #c5541b4a
 @patch
 def project_action(self: RSSM,
     act: Tensor, # (..., A) float
@@ -155,9 +159,9 @@ def advance(self: RSSM,
     "The next memory."
     return self.cell(deter, torch.cat([self.in_deter(deter), self.in_stoch(stoch)], -1), action)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #c6347744
+# %% ../../nbs/22_dreamer.rssm.ipynb #a4684265
 def scan(
-    rssm: "RSSM",    # the model
+    rssm: RSSM,      # the model
     state: dict,     # state before the first step, leading (B,)
     action: Tensor,  # (T, B, D) from `project_action`
     embed: Tensor,   # (T, B, n) from `posterior.embed`
@@ -179,7 +183,7 @@ def stack(
     "Join steps along time."
     return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #0c261dee
+# %% ../../nbs/22_dreamer.rssm.ipynb #0dde5739
 class Trace(NamedTuple):
     "What a dynamics model made of a batch of sequences."
     post: dict     # posterior states, leading (B, T)
@@ -187,6 +191,7 @@ class Trace(NamedTuple):
     ticks: Tensor  # (B, T, L) bool, which of the L levels moved; level 0 always does
     forced: Tensor # (B, T, L) bool, ticks that were no decision (an episode begins)
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #46afe200
 @patch
 def observe(self: RSSM,
     embed: Tensor,             # (B, T, E) embedded images
@@ -206,7 +211,7 @@ def observe(self: RSSM,
     prior = {'deter': post['deter'], **self.stats(self.prior(post['deter']))}
     return Trace(post, prior, torch.ones_like(first).unsqueeze(-1), first.unsqueeze(-1))
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #1f26ecae
+# %% ../../nbs/22_dreamer.rssm.ipynb #e4485eae
 @patch
 def obs_step(self: RSSM,
     state: dict,              # leading (B,)
@@ -219,6 +224,7 @@ def obs_step(self: RSSM,
     post = self.observe(embed.unsqueeze(1), act.unsqueeze(1), first.unsqueeze(1), state, sample).post
     return {k: v[:, 0] for k, v in post.items()}
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #89232f09
 @patch
 def img_step(self: RSSM,
     state: dict,              # needs `deter` and `stoch`, leading (B,)
@@ -231,7 +237,7 @@ def img_step(self: RSSM,
     noise = self.noise(1, len(deter), sample=self.training if sample is None else sample)
     return {'deter': deter, 'stoch': self.draw(stats, noise[0]), **stats}
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #0b79477c
+# %% ../../nbs/22_dreamer.rssm.ipynb #f919d7cd
 @patch
 def feat(self: RSSM,
     state: dict, # needs `stoch` and `deter`, any leading axes
@@ -239,6 +245,7 @@ def feat(self: RSSM,
     "What heads and decoder read."
     return torch.cat([state['stoch'], state['deter']], -1)
 
+# %% ../../nbs/22_dreamer.rssm.ipynb #7621ea82
 @patch
 def imagine(self: RSSM,
     policy,                   # actions (B, T, A), or a function from feat (B, F) to an action (B, A)
