@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COLUMNS', 'GROUPS', 'IMAGES', 'NOISY_SPECIES', 'LAYOUT_FILES', 'READERS', 'OFFICIAL', 'RELEASE', 'URL',
-           'group_of', 'read_text', 'write_table', 'read_image', 'read_mask', 'mask_box', 'fix_label_noise',
-           'find_layout', 'read_table', 'group_counts', 'check_official']
+           'group_of', 'read_text', 'relative_path', 'write_table', 'read_image', 'read_mask', 'mask_box',
+           'fix_label_noise', 'find_layout', 'read_table', 'group_counts', 'check_official', 'fetch', 'unpack',
+           'download_waterbirds']
 
-# %% ../../nbs/10_data.waterbirds.ipynb #00f1880e
+# %% ../../nbs/10_data.waterbirds.ipynb #a96e2e96
 import csv
 import hashlib
 import http.client
@@ -21,13 +22,14 @@ import tempfile
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core.runs import UserError, atomic_write, progress, write_error
+from ..core.runs import UserError, atomic_write, progress, read_json, write_error, write_json
 
 # %% ../../nbs/10_data.waterbirds.ipynb #83dfa79f
 SPLITS = ('train', 'val', 'test')
@@ -194,7 +196,7 @@ def _all_taken(
     first, more = min(rest), f' (and {len(rest) - 1} more)' if len(rest) > 1 else ''
     raise UserError(f'{first}: image without a line in {lines}{more}; add `{first.relative_to(folder).as_posix()} 0` (land bird) or 1 (water bird), or remove the file')
 
-# %% ../../nbs/10_data.waterbirds.ipynb #3fc3fa91
+# %% ../../nbs/10_data.waterbirds.ipynb #e7a73874
 def _read_table_csv(
     path: Path, # a csv with the columns `path, split, label` and, if known, `place, group, mask, box`
 ) -> list: # records
@@ -202,7 +204,7 @@ def _read_table_csv(
     out, root = [], path.parent
     for line, row in _csv_rows(path, ('path', 'split', 'label')):
         where = f'{path} line {line}'
-        files = {k: root/row[k] if (row.get(k) or '').strip() else None for k in ('path', 'mask')}
+        files = {k: Path(os.path.normpath(root/row[k])) if (row.get(k) or '').strip() else None for k in ('path', 'mask')}
         for k, f in files.items():
             if (k == 'path' or f) and not (f and '\0' not in str(f) and f.is_file()): raise UserError(f'{where}: no file {row[k]!r} for {k}; put it there or remove the line')
         if row['split'] not in SPLITS: raise UserError(f"{where}: split is {row['split']!r}; it must be one of {', '.join(SPLITS)}")
@@ -213,7 +215,7 @@ def _read_table_csv(
                         mask=files['mask'], box=_parse_box(where, row.get('box') or '')))
     return out
 
-# %% ../../nbs/10_data.waterbirds.ipynb #cd353585
+# %% ../../nbs/10_data.waterbirds.ipynb #14513063
 def _parse_box(
     where: str, # file and line
     text: str, # 'x0 y0 x1 y1' or nothing
@@ -225,16 +227,22 @@ def _parse_box(
     if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]): raise UserError(f'{where}: box is {text!r}; it must be `x0 y0 x1 y1` in pixels, or nothing')
     return box
 
+def relative_path(
+    path, # a file
+    folder, # a folder
+) -> str: # the way from the folder to the file, with `/`; absolute if there is none (another drive)
+    "A path that stays right when both are moved together."
+    try: return Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
+    except ValueError: return str(path)
+
+# %% ../../nbs/10_data.waterbirds.ipynb #5ef9771e
 def write_table(
     table, # a DataFrame with the columns `COLUMNS`, possibly more
     path, # the csv
 ):
     "Write a table as csv; paths become relative to it."
-    root, out = Path(path).resolve().parent, table.copy()
-    def relative(p):
-        try: return Path(os.path.relpath(Path(p).resolve(), root)).as_posix() if p else ''
-        except ValueError: return str(p)                       # another drive on Windows
-    for c in ('path', 'mask'): out[c] = [relative(p) for p in out[c]]
+    out = table.copy()
+    for c in ('path', 'mask'): out[c] = [relative_path(p, Path(path).parent) if p else '' for p in out[c]]
     out['box'] = [' '.join(map(str, b)) if b is not None else '' for b in out['box']]
     with atomic_write(path, 'w') as f: out.to_csv(f, index=False, lineterminator='\n')
 
@@ -377,3 +385,199 @@ def check_official(
 # %% ../../nbs/10_data.waterbirds.ipynb #498a4d9a
 RELEASE = 'waterbird_complete95_forest2water2'
 URL = f'https://nlp.stanford.edu/data/dro/{RELEASE}.tar.gz'
+
+# %% ../../nbs/10_data.waterbirds.ipynb #01cbec75
+def _request(
+    url: str, # http(s) address
+    have: int, # bytes that are here already; 0 asks for the whole file
+    tag: str, # ETag or date of the file they came from
+    timeout: float, # seconds of silence that count as broken
+): # the open response
+    "Ask for a file, or for the rest of it if it is still the same file."
+    headers = {'User-Agent': 'dreamer_wb', 'Accept-Encoding': 'identity'}
+    if have: headers['Range'] = f'bytes={have}-'
+    if have and tag: headers['If-Range'] = tag
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+
+# %% ../../nbs/10_data.waterbirds.ipynb #d6a27053
+def _plan(
+    response, # an open response
+    have: int, # bytes that were asked to be left out
+) -> tuple: # byte at which the response starts, size of the whole file or None, tag of the file
+    "What a response is going to deliver."
+    head = response.headers
+    tag = head.get('ETag') or ''
+    if not tag or tag.startswith('W/'): tag = head.get('Last-Modified') or ''      # If-Range takes no weak tags
+    span = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', head.get('Content-Range') or '')
+    if response.status == 206 and span and int(span[1]) == have: return have, int(span[2]), tag
+    if response.status == 206: raise http.client.HTTPException('the server sent another part than was asked for')
+    size = head.get('Content-Length') or ''
+    return 0, int(size) if size.isdigit() else None, tag
+
+# %% ../../nbs/10_data.waterbirds.ipynb #da8ec658
+def _receive(
+    response, # an open response
+    part: Path, # file to write to
+    start: int, # byte at which the response starts
+    bar, # progress bar
+) -> str: # what broke the connection, or ''
+    "Write what comes to `part` from byte `start` on."
+    with open(part, 'r+b' if start else 'wb') as f:
+        f.seek(start)
+        f.truncate()
+        bar.update(start - bar.n)
+        while True:
+            try: block = response.read(1 << 16)
+            except (OSError, http.client.HTTPException) as e: return str(e) or type(e).__name__
+            if not block: return ''
+            f.write(block)                        # a full disk is not the server's fault, and not caught here
+            bar.update(len(block))
+
+# %% ../../nbs/10_data.waterbirds.ipynb #6a13c289
+def _attempt(
+    url: str, # address
+    part: Path, # file to write to
+    known: bool, # whether a checksum will tell at the end
+    timeout: float, # seconds
+    bar, # progress bar
+) -> str: # '' if the file is complete, else what went wrong
+    "One connection: go on where `part` ends."
+    note = part.with_name(part.name + '.json')
+    old = read_json(note) if note.is_file() and part.is_file() else {}
+    have = part.stat().st_size if old.get('url') == url and (old.get('tag') or known) else 0
+    try:
+        with _request(url, have, old.get('tag', ''), timeout) as response:
+            start, size, tag = _plan(response, have)
+            write_json(note, dict(url=url, tag=tag))
+            if size: bar.total = size
+            why = _receive(response, part, start, bar)
+    except urllib.error.HTTPError as e: return _refusal(e, url, part, have)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e: return str(getattr(e, 'reason', e)) or type(e).__name__
+    got = part.stat().st_size
+    return why or (f'{got} of {size} bytes came' if size is not None and got != size else '')
+
+# %% ../../nbs/10_data.waterbirds.ipynb #8951132a
+def _refusal(
+    e, # an `HTTPError`
+    url: str, # address
+    part: Path, # what is here
+    have: int, # its size
+) -> str: # '' if nothing is missing, else what went wrong
+    "What to do about an answer that is not a file."
+    if e.code == 416 and (e.headers.get('Content-Range') or '').endswith(f'/{have}'): return ''     # nothing is left to send
+    if e.code == 416: part.unlink(missing_ok=True)
+    elif 400 <= e.code < 500 and e.code not in (408, 425, 429):
+        raise UserError(f'{url}: the server says {e.code} {e.reason}; check the address, or fetch the file by other means')
+    return f'the server says {e.code} {e.reason}'
+
+# %% ../../nbs/10_data.waterbirds.ipynb #8629ac1c
+def _sha256(path): 
+    "Checksum of a file."
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
+
+def fetch(
+    url: str, # http(s) address
+    path, # where the file shall be
+    sha256: str = '', # its checksum, verified if given
+    retries: int = 5, # connections in a row that may bring nothing new
+    wait: float = 1.0, # seconds before the first of them, doubled each time
+    timeout: float = 30.0, # seconds of silence that count as broken
+) -> Path: # the file, complete
+    "Download a file; a broken connection, or an earlier try, is gone on with. `UserError` if it cannot be had."
+    path, misses, best = Path(path), 0, 0
+    part = path.with_name(path.name + '.part')
+    if not url.startswith(('http://', 'https://')): raise UserError(f'{url}: not a web address; it must start with https:// or http://')
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with progress(0, f'fetching {path.name}', unit='B', unit_scale=True) as bar:
+            try:
+                while why := _attempt(url, part, bool(sha256), timeout, bar):
+                    got = part.stat().st_size if part.is_file() else 0
+                    misses, best = (0 if got > best else misses + 1), max(best, got)
+                    if misses > retries: raise UserError(f'{url}: {why}; {got} bytes are in {part}, the same command goes on from there')
+                    time.sleep(wait * 2 ** misses)
+            except OSError as e: raise write_error(e, part) from e
+        _verify(part, sha256, url)
+        os.replace(part, path)
+        part.with_name(part.name + '.json').unlink(missing_ok=True)
+    else: _verify(path, sha256, url)
+    return path
+
+# %% ../../nbs/10_data.waterbirds.ipynb #38ffc6ac
+def _verify(
+    path: Path, # a complete file
+    sha256: str, # the checksum it should have, or ''
+    url: str, # where it came from
+):
+    "A `UserError` and no file if the checksum is another one."
+    if not sha256 or (found := _sha256(path)) == sha256.lower(): return
+    path.unlink()
+    raise UserError(f'{url}: the checksum of what came is {found}, not {sha256}; it was deleted, try again or check sha256')
+
+# %% ../../nbs/10_data.waterbirds.ipynb #79bafd86
+def _danger(
+    member: tarfile.TarInfo, # an entry of an archive
+) -> str: # what is wrong with it, or ''
+    "Why an entry must not be unpacked."
+    name = member.name.replace('\\', '/')
+    if name.startswith('/') or re.match(r'[A-Za-z]:', name): return 'has an absolute path'
+    if '..' in name.split('/'): return 'leads out of the folder'
+    if member.issym() or member.islnk(): return f'is a link to {member.linkname!r}'
+    return '' if member.isfile() or member.isdir() else 'is neither a file nor a folder'
+
+# %% ../../nbs/10_data.waterbirds.ipynb #df13e720
+def _extract(
+    archive: Path, # the archive
+    folder, # an empty folder
+):
+    "Unpack entry by entry; a `UserError` at the first one that could do harm."
+    safe = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}
+    with open(archive, 'rb') as raw, tarfile.open(fileobj=raw) as tar, \
+         progress(archive.stat().st_size, f'unpacking {archive.name}', unit='B', unit_scale=True) as bar:
+        for member in tar:
+            if why := _danger(member):
+                raise UserError(f'{archive}: the entry {member.name!r} {why}; nothing was unpacked, fetch the archive from a source you trust')
+            tar.extract(member, folder, **safe)
+            bar.update(raw.tell() - bar.n)
+
+# %% ../../nbs/10_data.waterbirds.ipynb #74296b4c
+def unpack(
+    archive, # a .tar, .tar.gz, … file
+    folder, # where its contents shall be
+) -> list: # the top-level paths that appeared
+    "Unpack an archive, all of it or nothing; `UserError` if it is damaged or an entry could do harm."
+    archive, folder = Path(archive), Path(folder)
+    if not archive.is_file(): raise UserError(f'{archive}: no such archive; check the path')
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.unpack-', dir=folder) as tmp:
+        try: _extract(archive, tmp)
+        except UserError: raise
+        except Exception as e: # gzip, zlib, lzma and tarfile each have their own
+            if isinstance(e, OSError) and e.errno: raise write_error(e, folder) from e
+            raise UserError(f'{archive}: not a readable archive ({str(e) or type(e).__name__}); delete it and fetch it again') from None
+        names = sorted(os.listdir(tmp))
+        there = [n for n in names if os.path.lexists(folder/n)]
+        if there: raise UserError(f'{folder/there[0]}: is there already; remove it, or unpack somewhere else')
+        for n in names: os.replace(Path(tmp)/n, folder/n)
+    return [folder/n for n in names]
+
+# %% ../../nbs/10_data.waterbirds.ipynb #33c08134
+def download_waterbirds(
+    root, # folder of the raw data
+    url: str = URL, # the archive
+    sha256: str = '', # its checksum, verified if given
+    keep: bool = False, # keep the archive after unpacking
+    **kwargs, # for `fetch`: `retries`, `wait`, `timeout`
+) -> Path: # folder with metadata.csv
+    "Fetch and unpack the public release, unless it is there."
+    root = Path(root)
+    def found(): return next((p.parent for pattern in LAYOUT_FILES['metadata'] for p in sorted(root.glob(pattern))), None)
+    if not found():
+        archive = fetch(url, root/(PurePosixPath(urllib.parse.urlparse(url).path).name or 'waterbirds.tar.gz'), sha256, **kwargs)
+        unpack(archive, root)
+        if not found(): raise UserError(f'{archive}: no metadata.csv inside; give the address of a Waterbirds archive')
+        if not keep: archive.unlink()
+    return found()
