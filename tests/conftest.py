@@ -1,0 +1,49 @@
+"""What every test process has in common: one thread, no display, no network logging, stable fuzzing."""
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+
+# Before anything imports numpy or torch: pytest-xdist shares out the cores, so each process computes on one thread.
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ.setdefault(name, '1')
+os.environ.update(MPLBACKEND='Agg', WANDB_MODE='offline', WANDB_SILENT='true')
+os.environ.pop('IN_TEST', None)   # nbdev exports nothing while it is set
+
+try:
+    from hypothesis import settings
+    settings.register_profile('dreamer_wb', deadline=None, derandomize=True, database=None)
+    settings.load_profile('dreamer_wb')
+except ImportError: pass
+
+
+def load_script(name):
+    "The script `.ci/<name>.py` as a module."
+    spec = importlib.util.spec_from_file_location(f'ci_{name}', root/'.ci'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def checkout():
+    "The folder of the checkout."
+    return root
+
+
+@pytest.fixture(scope='session')
+def script():
+    "Function that loads a script of `.ci/` as a module."
+    return load_script
+
+
+@pytest.fixture(scope='session')
+def run_python():
+    "Function that runs Python on arguments in the checkout and returns the finished process."
+    import subprocess
+    def run(*args, **kwargs):
+        return subprocess.run([sys.executable, *map(str, args)], cwd=root, capture_output=True, text=True, **kwargs)
+    return run
