@@ -30,7 +30,7 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['dreamer_wb', 'dreamer_wb.*']),
-    package_data={'dreamer_wb': ['configs/**/*.yaml']},
+    package_data={'dreamer_wb': ['configs/**/*.yaml', 'assets/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
