@@ -16,7 +16,7 @@ from ..core.runs import UserError, atomic_write, progress
 from ..data.episodes import Batches, Sequential
 from .metrics import GROUPS, group_accuracy, group_counts
 
-# %% ../../nbs/31_classifier.latents.ipynb #0627c9e9
+# %% ../../nbs/31_classifier.latents.ipynb #02600ec7
 class Features:
     "Latents or images in memory with label, place and group of each."
     def __init__(self,
@@ -31,27 +31,39 @@ class Features:
         if not len(self.x) == len(self.label) == len(self.place):
             raise UserError(f'{name}: {len(self.x)} rows, {len(self.label)} labels, {len(self.place)} places; they must be equally many')
         self.group = np.where((self.label < 0) | (self.place < 0), -1, 2*self.label + self.place)
-        self.lengths = np.ones(len(self.x), int)
 
     def __len__(self): return len(self.x)
 
-# %% ../../nbs/31_classifier.latents.ipynb #d8dfc6d7
+# %% ../../nbs/31_classifier.latents.ipynb #da1fc8aa
 def _rows(data, index):
     "Batch of the rows `index` of a `Features`."
     out = {k: torch.from_numpy(getattr(data, k)[index]) for k in ('label', 'place', 'group')}
     return out | {data.key: torch.from_numpy(data.x[index]), 'index': torch.from_numpy(index)}
 
-class FeatureBatches(Batches):
+class FeatureBatches:
     "Training batches of a `Features`: a pure function of seed and step."
-    def __call__(self, step):
-        draw = self._windows if self.weights is None else self._draw
-        return _rows(self.store, draw(int(step))[0])
+    def __init__(self, data, batch_size, seed=0, weights=None):
+        self.data, self.batch_size, self.seed, self._epoch = data, batch_size, seed, (None, None)
+        self.cumulative = None if weights is None else np.cumsum(weights)/np.sum(weights)
 
-class FeatureSequential(Sequential):
-    "Evaluation batches of a `Features`: every row once, in order."
     def __call__(self, step):
-        if not 0 <= step < len(self): raise IndexError(f'batch {step} of {len(self)}')
-        return _rows(self.store, self.indices[step*self.batch_size:(step + 1)*self.batch_size])
+        at = step*self.batch_size + np.arange(self.batch_size)
+        if self.cumulative is not None:
+            dice = np.random.default_rng([self.seed, step, 1]).random(self.batch_size)
+            return _rows(self.data, np.searchsorted(self.cumulative, dice, side='right').clip(max=len(self.data) - 1))
+        return _rows(self.data, np.concatenate([self._order(e)[at[at//len(self.data) == e] % len(self.data)] for e in np.unique(at//len(self.data))]))
+
+    def _order(self, epoch):
+        if self._epoch[0] != epoch: self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        return self._epoch[1]
+
+# %% ../../nbs/31_classifier.latents.ipynb #017b7782
+class FeatureSequential:
+    "Evaluation batches of a `Features`: every row once, in order."
+    def __init__(self, data, batch_size): self.data, self.batch_size = data, batch_size
+    def __len__(self): return -(-len(self.data)//self.batch_size)
+    def __iter__(self): return (self(i) for i in range(len(self)))
+    def __call__(self, i): return _rows(self.data, np.arange(i*self.batch_size, min((i + 1)*self.batch_size, len(self.data))))
 
 # %% ../../nbs/31_classifier.latents.ipynb #57806c30
 def training_batches(
