@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'HARMLESS', 'UserError', 'write_error', 'atomic_write', 'plain', 'write_json', 'read_json',
-           'progress', 'save_checkpoint', 'load_checkpoint', 'Run', 'differences', 'environment']
+           'bar_place', 'progress', 'save_checkpoint', 'load_checkpoint', 'Run', 'environment', 'differences',
+           'same_config', 'read_metrics', 'plot_losses']
 
-# %% ../../nbs/01_core.runs.ipynb #c2776256
+# %% ../../nbs/01_core.runs.ipynb #1f559e33
 import csv
 import errno
 import io
@@ -20,6 +21,9 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -34,28 +38,29 @@ class UserError(Exception):
 
     def __str__(self): return self.message
 
-# %% ../../nbs/01_core.runs.ipynb #266001b8
-_full = {getattr(errno, k): v for k, v in dict(
-    ENOSPC='the disk is full', EDQUOT='the disk quota is used up', EFBIG='the file would exceed the size limit').items()
-    if hasattr(errno, k)}
-_denied = {errno.EACCES, errno.EPERM, errno.EROFS}
+# %% ../../nbs/01_core.runs.ipynb #64552b4c
+_no_room = dict(ENOSPC='the disk is full', EDQUOT='the disk quota is used up', EFBIG='the file would exceed the size limit')
+_no_room = {getattr(errno, k): v for k, v in _no_room.items() if hasattr(errno, k)}
 
-def write_error(e: OSError,    # what the system said
-                path: str|Path # the file that could not be written
-               ) -> Exception: # a `UserError` where the user can mend it, else `e` itself
+def write_error(e: OSError,     # what the system said
+                path: str|Path  # the file that could not be written
+               ) -> Exception:  # a `UserError` where the user can mend it, else `e` itself
     "The error to raise when writing `path` failed with `e`."
-    if e.errno in _full: return UserError(f'{path}: not written, {_full[e.errno]}; make room and repeat the command'
-                                          ' (what was there before is untouched)')
-    if e.errno in _denied: return UserError(f'{path}: not written, permission denied; choose a folder you may write to')
+    if e.errno in _no_room: return UserError(
+        f'{path}: not written, {_no_room[e.errno]}; make room and repeat the command (what was there before is untouched)')
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return UserError(
+        f'{path}: not written, permission denied; choose a folder that you may write to')
+    if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): return UserError(
+        f'{path}: not written, a file stands where a folder should be or the reverse; choose another path')
     return e
 
-# %% ../../nbs/01_core.runs.ipynb #0fed9780
+# %% ../../nbs/01_core.runs.ipynb #de585efb
 @contextmanager
 def atomic_write(path: str|Path,   # the file to write; missing folders are made
                  mode: str = 'wb', # 'wb' for bytes, 'w' for UTF-8 text
                 ):
-    "A file to write to that becomes `path` only if all went well; raises `UserError` if the disk is full."
-    path = Path(os.path.realpath(path))
+    "A file to write to that becomes `path` only if all went well; a full disk raises `UserError`."
+    path = Path(os.path.realpath(path))                    # a link stays a link
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,35 +70,39 @@ def atomic_write(path: str|Path,   # the file to write; missing folders are made
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e: raise write_error(e, path) from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        try: tmp.unlink(missing_ok=True)
+        except OSError: pass
 
-# %% ../../nbs/01_core.runs.ipynb #19717c15
-def plain(x: object,       # a dataclass, mapping, sequence, path, number, string …
+# %% ../../nbs/01_core.runs.ipynb #af5806ac
+def plain(x: object,       # a dataclass, mapping, sequence, path, array, number or string
           where: str = ''  # where `x` stands, for the error message
-         ) -> object:      # the same in dicts, lists, str, int, float, bool and None
-    "`x` in plain Python values; `UserError` names what is not one."
-    if x is None or isinstance(x, (bool, str)): return x if not isinstance(x, str) else str(x)
-    if isinstance(x, int): return int(x)
-    if isinstance(x, float): return float(x)
+         ) -> object:      # the same as dicts, lists, str, int, float, bool and None
+    "`x` in plain Python values; `UserError` names what cannot be one."
+    if x is None or isinstance(x, bool): return x
+    for kind in (str, int, float):
+        if isinstance(x, kind): return kind(x)
+    if isinstance(x, Path): return str(x)
+    if isinstance(x, Mapping): return {str(k): plain(v, f'{where}.{k}') for k, v in x.items()}
     if hasattr(x, '__dataclass_fields__') and not isinstance(x, type):
         return {k: plain(getattr(x, k), f'{where}.{k}') for k in x.__dataclass_fields__}
-    if isinstance(x, Mapping): return {str(k): plain(v, f'{where}.{k}') for k, v in x.items()}
-    if isinstance(x, Path): return str(x)
-    if hasattr(x, 'item') and getattr(x, 'size', 0) == 1: return plain(x.item(), where)
     if hasattr(x, 'tolist'): return plain(x.tolist(), where)
     if isinstance(x, (list, tuple, set)) or type(x).__name__ == 'ListConfig': return [plain(v, where) for v in x]
-    raise UserError(f'{where.lstrip(".") or "value"} is a {type(x).__name__}; only numbers, strings, lists and dicts can be kept')
+    raise UserError(f'{where.lstrip(".") or "the value"} is a {type(x).__name__}; give numbers, strings, lists or dicts')
 
-# %% ../../nbs/01_core.runs.ipynb #c054747e
+# %% ../../nbs/01_core.runs.ipynb #68dd8199
+def _finite(x):
+    "NaN and infinity, which JSON does not have, as None."
+    if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, list): return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+# %% ../../nbs/01_core.runs.ipynb #496fb975
 def write_json(path: str|Path, # the file
-               data: object    # anything `plain` understands
+               data: object    # anything that `plain` understands
               ):
     "Write `data` to `path` as readable JSON, atomically; NaN and infinity become `null`."
-    def finite(x):
-        if isinstance(x, dict): return {k: finite(v) for k, v in x.items()}
-        if isinstance(x, list): return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    text = json.dumps(finite(plain(data)), indent=2, ensure_ascii=False)
+    text = json.dumps(_finite(plain(data)), indent=2, ensure_ascii=False)
     with atomic_write(path, 'w') as f: f.write(text + '\n')
 
 def read_json(path: str|Path # the file
@@ -101,47 +110,66 @@ def read_json(path: str|Path # the file
     "Read JSON; `UserError` if the file is missing or damaged."
     try: return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError: raise UserError(f'{path}: no such file; check the path') from None
-    except (ValueError, OSError) as e: raise UserError(f'{path}: not readable as JSON ({e}); delete it and repeat the command that made it') from None
+    except (ValueError, OSError) as e:
+        raise UserError(f'{path}: not readable as JSON ({e}); delete it and repeat the command that made it') from None
 
-# %% ../../nbs/01_core.runs.ipynb #947baed4
-def _place():
-    "Where a progress bar would appear: 'notebook', 'terminal' or '' for nowhere."
+# %% ../../nbs/01_core.runs.ipynb #a2fd504f
+def bar_place() -> str: # 'notebook', 'terminal', or '' for nowhere
+    "Where a progress bar would be seen."
     wish = os.environ.get('DREAMER_WB_PROGRESS', '')
     shell = type(sys.modules['IPython'].get_ipython()).__name__ if 'IPython' in sys.modules else ''
-    here = 'notebook' if shell in ('ZMQInteractiveShell', 'Shell') else 'terminal'
+    here = 'notebook' if shell in ('ZMQInteractiveShell', 'Shell') else 'terminal'       # Jupyter, Colab
     if wish: return here if wish != '0' else ''
     if os.environ.get('CI') or os.environ.get('IN_TEST'): return ''
     return here if here == 'notebook' or getattr(sys.stderr, 'isatty', lambda: False)() else ''
 
-def progress(iterable,             # what to go through, or the total number of steps (int)
-             desc: str = '',       # the words in front of the bar
-             show: bool|None=None, # True: always, False: never, None: where somebody watches
-             **kwargs              # for tqdm: `unit`, `total`, `initial`, …
-            ):                     # an iterator with `update(n)`, `set_postfix_str(text)` and `close()`
-    "A tqdm bar over `iterable`, or over a number of steps to be reported with `update`."
+# %% ../../nbs/01_core.runs.ipynb #d4588740
+@cache
+def _notebook_bar():
+    "tqdm whose line is shown by the notebook."
+    from html import escape
+    from IPython.display import HTML, display
     from tqdm import tqdm
-    place = _place() if show is None else 'terminal' if show else ''
+
+    class NotebookBar(tqdm):
+        shown = None
+        def display(self, msg=None, pos=None):
+            meter = self.format_meter(**dict(self.format_dict, bar_format='{l_bar}|{n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}'))
+            html = HTML(f'<progress value="{self.n}" max="{self.total or 1}" style="width:20em"></progress> <code>{escape(meter)}</code>')
+            if self.shown is None: self.shown = display(html, display_id=True)
+            elif self.shown: self.shown.update(html)
+    return NotebookBar
+
+# %% ../../nbs/01_core.runs.ipynb #9d0d5d2a
+def progress(iterable,                 # what to go through, or the number of steps (int)
+             desc: str = '',           # the words in front of the bar
+             show: bool|None = None,   # False: never; None: where somebody watches
+             **kwargs                  # for tqdm: `unit`, `total`, `initial`, …
+            ):                         # tqdm: iterate, or call `update(n)`, `set_postfix_str(text)`, `close()`
+    "A progress bar over `iterable`, or over a number of steps."
+    from tqdm import tqdm
+    place = '' if show is False else bar_place()
     if isinstance(iterable, int): iterable, kwargs = None, dict(kwargs, total=iterable)
+    if place == 'notebook': return _notebook_bar()(iterable, desc=desc, file=io.StringIO(), **kwargs)
     return tqdm(iterable, desc=desc, disable=not place, dynamic_ncols=True, **kwargs)
 
-# %% ../../nbs/01_core.runs.ipynb #400810fd
-FORMAT = 'dreamer_wb checkpoint'
-VERSION = 1
+# %% ../../nbs/01_core.runs.ipynb #d73f0720
+FORMAT, VERSION = 'dreamer_wb checkpoint', 1
 
-def save_checkpoint(path: str|Path,        # the file, usually `run.checkpoints/'last.ckpt'`
+def save_checkpoint(path: str|Path,        # the file, usually in `run.checkpoints`
                     kind: str,             # what is stored, for example 'world_model'
-                    config: dict,          # all that is needed to build it again, plain values
+                    config: dict,          # all that is needed to build it again
                     state: dict,           # tensors and plain values
                     meta: dict|None = None # further plain values, for example the step
                    ):
-    "Write a checkpoint atomically; a full disk raises `UserError` and leaves the old one."
+    "Write a checkpoint atomically; on a full disk the old one stays."
     import torch
     data = dict(format=FORMAT, version=VERSION, kind=kind, config=plain(config, 'config'), state=state, meta=plain(meta or {}, 'meta'))
-    buffer = io.BytesIO()              # torch's zip writer hides the system's error, a plain write does not
+    buffer = io.BytesIO()
     torch.save(data, buffer)
     with atomic_write(path) as f: f.write(buffer.getbuffer())
 
-# %% ../../nbs/01_core.runs.ipynb #3ea2ba79
+# %% ../../nbs/01_core.runs.ipynb #d5b612b0
 def load_checkpoint(path: str|Path,       # the file
                     kind: str|None = None # refuse a checkpoint of another kind
                    ) -> dict:             # `kind, config, state, meta, version`; tensors on the CPU
@@ -152,28 +180,29 @@ def load_checkpoint(path: str|Path,       # the file
     try:
         with open(path, 'rb') as f: zipped = f.read(4) == b'PK\x03\x04'
         data = torch.load(path, map_location='cpu', weights_only=True) if zipped else None
-    except FileNotFoundError: raise UserError(f'{path}: no such checkpoint; train first or check the path') from None
+    except FileNotFoundError: raise UserError(f'{path}: no such checkpoint; train first, or check the path') from None
     except IsADirectoryError: raise UserError(f'{path}: is a folder; give the file, for example {path}/checkpoints/last.ckpt') from None
     except PermissionError: raise UserError(f'{path}: may not be read; check its permissions') from None
-    except pickle.UnpicklingError: raise UserError(f'{path}: refused, it holds more than tensors and plain values and could'
-                                                   ' run code; use a checkpoint written by dreamer_wb') from None
+    except pickle.UnpicklingError: raise UserError(f'{path}: refused, it holds more than tensors and plain values and could run '
+                                                   'code; use a checkpoint written by dreamer_wb') from None
     except Exception: raise UserError(f'{path}: damaged or cut short; delete it and train again, or copy it again') from None
-    _check_format(data, path, kind)
+    _check_header(data, path, kind)
     return data
 
-def _check_format(data, path, kind):
+# %% ../../nbs/01_core.runs.ipynb #da55e52d
+def _check_header(data, path, kind):
     "Raise `UserError` unless `data` is a checkpoint of this version and of this kind."
-    if not isinstance(data, dict) or data.get('format') != FORMAT:
-        raise UserError(f'{path}: not a checkpoint of dreamer_wb; give a file from a checkpoints/ folder')
+    if not isinstance(data, dict) or data.get('format') != FORMAT or not {'kind', 'config', 'state', 'meta'} <= data.keys():
+        raise UserError(f'{path}: not a checkpoint of dreamer_wb; give a file from the checkpoints/ folder of a run')
     if data.get('version') != VERSION:
-        raise UserError(f'{path}: written in checkpoint format {data.get("version")}, this dreamer_wb reads {VERSION};'
-                        ' use the version of dreamer_wb that wrote it, or train again')
+        raise UserError(f'{path}: written in checkpoint format {data.get("version")}, this dreamer_wb reads {VERSION}; '
+                        'use the version of dreamer_wb that wrote it, or train again')
     if kind is not None and data['kind'] != kind:
         raise UserError(f'{path}: holds a {data["kind"]}, expected a {kind}; give another file')
 
-# %% ../../nbs/01_core.runs.ipynb #dff6ba4a
+# %% ../../nbs/01_core.runs.ipynb #f718eea2
 class Run:
-    "One run's folder: `config.yaml, environment.json, stages.json, metrics.csv, tb/, checkpoints/, figures/, videos/`."
+    "One run's folder."
     def __init__(self,
                  path: str|Path, # the folder
                  config: dict    # the composed config, plain values
@@ -185,83 +214,31 @@ class Run:
 
     def __repr__(self): return f'Run({str(self.path)!r})'
 
-# %% ../../nbs/01_core.runs.ipynb #b1d20f2a
-def differences(a: dict,            # a config
-                b: dict,            # another
-                prefix: str = ''    # of the keys
-               ) -> dict:           # {dotted key: (value in a, value in b)}
-    "The keys in which two configs differ."
-    out = {}
-    for k in dict.fromkeys([*a, *b]):
-        x, y = a.get(k, '(absent)'), b.get(k, '(absent)')
-        if isinstance(x, dict) and isinstance(y, dict): out |= differences(x, y, f'{prefix}{k}.')
-        elif x != y: out[f'{prefix}{k}'] = (x, y)
-    return out
+# %% ../../nbs/01_core.runs.ipynb #d44529ec
+_locks = {}                            # {folder: open file}, for as long as this process holds it
 
-# %% ../../nbs/01_core.runs.ipynb #7da6fac1
-HARMLESS = ('progress', 'tensorboard', 'wandb', 'wandb_project', 'checkpoint_seconds', 'runs_dir', 'name')
+def _try_lock(file):
+    "Lock an open file, or raise OSError."
+    try: import fcntl
+    except ImportError:                # Windows
+        import msvcrt
+        return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN): raise                  # held; other errors: this disk has no locks
 
-@patch(cls_method=True)
-def create(cls: Run,
-           config: object,               # the composed config: dataclass or dict
-           experiment: str,              # the folder under `runs_dir`
-           runs_dir: str|Path = 'runs',  # where all runs are
-           name: str|None = None,        # the run's name; None: the time
-           resume: bool = True           # go on with a run of this name, if there is one
-          ) -> 'Run':
-    "Make a run folder, or open the one of that name if its config is the same."
-    config = plain(config)
-    path = Path(runs_dir)/experiment/(name or datetime.now().strftime('%Y-%m-%d_%H-%M-%S'))
-    old = cls.open(path).config if (path/'config.yaml').exists() else None
-    if old is not None:
-        if not resume: raise UserError(f'{path}: exists already; give another name or resume=true')
-        diff = {k: v for k, v in differences(old, config).items() if k.split('.')[-1] not in HARMLESS}
-        if diff: raise UserError(f'{path}: was started with another config ('
-                                 + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in diff.items())
-                                 + '); give another name, or the same values to go on')
-    run = cls(path, config)
-    run.lock()
-    run._begin()
-    return run
-
-# %% ../../nbs/01_core.runs.ipynb #321bc52a
-@patch(cls_method=True)
-def open(cls: Run,
-         path: str|Path # the folder of a run
-        ) -> 'Run':
-    "An existing run, to read it or to go on with it."
-    import yaml
-    file = Path(path)/'config.yaml'
-    if not file.exists(): raise UserError(f'{path}: not a run folder (it has no config.yaml); give runs/<experiment>/<name>')
-    try: config = yaml.safe_load(file.read_text('utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError): config = None
-    if not isinstance(config, dict): raise UserError(f'{file}: damaged; delete the run folder or restore the file')
-    return cls(path, config)
-
-# %% ../../nbs/01_core.runs.ipynb #b1393643
-@patch
-def _begin(self: Run):
-    "Write the config and the environment, sweep up what a killed process left."
-    import yaml
-    text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120)
-    with atomic_write(self.path/'config.yaml', 'w') as f: f.write(text)
-    for tmp in [*self.path.glob('.*.tmp'), *self.checkpoints.glob('.*.tmp')]: tmp.unlink(missing_ok=True)
-    if not (self.path/'environment.json').exists(): write_json(self.path/'environment.json', environment(self.config.get('seed')))
-
-# %% ../../nbs/01_core.runs.ipynb #914f371e
-_locks = {}                                    # {folder: open file}; a process holds a run until it ends or closes it
-
+# %% ../../nbs/01_core.runs.ipynb #2c990d84
 @patch
 def lock(self: Run):
-    "Hold this folder for this process; `UserError` if another process holds it."
+    "Hold this folder until the process ends or calls `close`; `UserError` if another process holds it."
     key = str(self.path.resolve())
     if key in _locks: return
-    self.path.mkdir(parents=True, exist_ok=True)
-    import fcntl
-    file = io.open(self.path/'.lock', 'a+')
-    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f'{self.path}: another process is working on this run; wait for it, or give another name') from None
+    try:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path/'.lock', 'a')
+    except OSError as e: raise write_error(e, self.path/'.lock') from e
+    try: _try_lock(file)
+    except OSError: raise UserError(f'{self.path}: another process is working on this run; wait for it, or give another name') from None
     _locks[key] = file
 
 @patch
@@ -270,56 +247,223 @@ def close(self: Run):
     file = _locks.pop(str(self.path.resolve()), None)
     if file: file.close()
 
-# %% ../../nbs/01_core.runs.ipynb #0df9de44
+# %% ../../nbs/01_core.runs.ipynb #18ad0f5c
+def _git(*args):
+    "What git says about the folder that this package was imported from; '' if it is not under version control."
+    spec = find_spec('dreamer_wb')
+    if not spec or not spec.origin: return ''
+    try: out = subprocess.run(['git', '-C', str(Path(spec.origin).parent), *args], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError): return ''
+    return out.stdout.strip() if out.returncode == 0 else ''
+
+def _version(package):
+    try: return metadata.version(package)
+    except metadata.PackageNotFoundError: return None
+
+# %% ../../nbs/01_core.runs.ipynb #9e6ac1b2
 def environment(seed: int|None = None # the run's seed
                ) -> dict:             # plain values
-    "What a result depends on besides the config: packages, commit, machine, seed, command."
-    from importlib import metadata
-    def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
-    def git(*args):
-        here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
-        try: return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, timeout=5).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired): return ''
-    names = 'dreamer_wb torch torchvision numpy pandas fastai fastcore hydra-core scikit-learn umap-learn matplotlib pillow'.split()
+    "Packages, commit, machine, seed and command."
+    names = ('dreamer_wb torch torchvision numpy fastai fastcore hydra-core pandas pillow scikit-learn umap-learn matplotlib tensorboard wandb')
+    mine = bool(_git('ls-files', '__init__.py'))       # not the repository of a project that merely has us installed
+    torch = sys.modules.get('torch')
     return dict(time=datetime.now().astimezone().isoformat(timespec='seconds'), seed=seed, command=' '.join(sys.argv),
-                python=platform.python_version(), platform=platform.platform(), processor=platform.machine(), cores=os.cpu_count(),
-                packages={n: version(n) for n in names}, commit=git('rev-parse', 'HEAD'), changed_files=len(git('status', '--porcelain').splitlines()))
+                commit=_git('rev-parse', 'HEAD') if mine else '', changes=len(_git('status', '--porcelain').splitlines()) if mine else 0,
+                python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(),
+                gpu=torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
+                packages={n: v for n in names.split() if (v := _version(n))})
 
-# %% ../../nbs/01_core.runs.ipynb #6b45353d
+# %% ../../nbs/01_core.runs.ipynb #15d6ce99
+def differences(a: dict,          # a config
+                b: dict,          # another
+                prefix: str = ''  # of the keys
+               ) -> dict:         # {dotted key: (value in a, value in b)}
+    "The keys in which two configs differ."
+    out = {}
+    for k in dict.fromkeys([*a, *b]):
+        x, y = a.get(k, '(absent)'), b.get(k, '(absent)')
+        if isinstance(x, dict) and isinstance(y, dict): out |= differences(x, y, f'{prefix}{k}.')
+        elif x != y: out[f'{prefix}{k}'] = (x, y)
+    return out
+
+# %% ../../nbs/01_core.runs.ipynb #e4ba6e02
+HARMLESS = ('progress', 'tensorboard', 'wandb', 'wandb_project', 'checkpoint_seconds', 'runs_dir', 'name')
+
+def same_config(old: dict,  # the config that was saved
+                new: dict,  # the config of now
+                path: Path  # what was saved with it, for the message
+               ):
+    "`UserError` that names the keys that differ; `HARMLESS` ones, which cannot change a result, may."
+    diff = {k: v for k, v in differences(old, new).items() if k.split('.')[-1] not in HARMLESS}
+    if diff: raise UserError(f'{path}: was made with another config (' + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in diff.items())
+                             + '); give another name, or the same values to go on')
+
+# %% ../../nbs/01_core.runs.ipynb #872f1872
+@patch(cls_method=True)
+def open(cls: Run,
+         path: str|Path # the folder of a run
+        ) -> 'Run':     # not locked
+    "An existing run, to read or to add to."
+    import yaml
+    file = Path(path)/'config.yaml'
+    if not file.exists(): raise UserError(f'{path}: not a run folder, it has no config.yaml; give runs/<experiment>/<name>')
+    try: config = yaml.safe_load(file.read_text('utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError): config = None
+    if not isinstance(config, dict): raise UserError(f'{file}: damaged; restore it, or delete the run folder')
+    return cls(path, config)
+
+# %% ../../nbs/01_core.runs.ipynb #3f7b03b7
+@patch(cls_method=True)
+def create(cls: Run,
+           config: object,               # the composed config: a dataclass or a dict
+           experiment: str,              # the folder under `runs_dir`
+           runs_dir: str|Path = 'runs',  # where all runs are
+           name: str|None = None,        # the run's name; None or '': the time
+           resume: bool = True           # go on with a run of this name, if there is one
+          ) -> 'Run':                    # locked by this process
+    "Make a run folder, or go on with the one of that name if its config is the same."
+    config, folder = plain(config), Path(runs_dir)/experiment
+    stamp = datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
+    while not name and (folder/stamp).exists(): stamp += '_'
+    path = folder/(name or stamp)
+    if (path/'config.yaml').exists():
+        if not resume: raise UserError(f'{path}: exists already; give another name, or resume=true')
+        same_config(cls.open(path).config, config, path)
+    run = cls(path, config)
+    run.lock()
+    run._begin()
+    return run
+
+# %% ../../nbs/01_core.runs.ipynb #95233733
 @patch
-def done(self: Run, 
-         name: str # of the stage
-        ) -> bool:
-    "Has the stage `name` been finished?"
-    return self.stages().get(name, {}).get('done', False)
+def _begin(self: Run):
+    "Write the config and the environment; sweep up what a killed process left."
+    import yaml
+    for tmp in [*self.path.glob('.*.tmp'), *self.checkpoints.glob('.*.tmp')]: tmp.unlink(missing_ok=True)
+    with atomic_write(self.path/'config.yaml', 'w') as f: yaml.safe_dump(self.config, f, sort_keys=False, allow_unicode=True, width=120)
+    file, now = self.path/'environment.json', environment(self.config.get('seed'))
+    past = read_json(file) if file.exists() else []
+    same = past and {**past[-1], 'time': 0, 'command': ''} == {**now, 'time': 0, 'command': ''}
+    if not same: write_json(file, [*past, now])
+
+# %% ../../nbs/01_core.runs.ipynb #e94834e4
+@patch(as_prop=True)
+def environments(self: Run) -> list: # of dicts as `environment` returns
+    "Where the run was worked on: one entry, or more if it went on elsewhere."
+    return read_json(self.path/'environment.json')
+
+# %% ../../nbs/01_core.runs.ipynb #d779e976
+@patch(cls_method=True)
+def latest(cls: Run,
+           runs_dir: str|Path = 'runs',  # where all runs are
+           experiment: str = '*'         # only runs of this experiment
+          ) -> 'Run':
+    "The run that was begun or continued last; `UserError` if there is none."
+    files = sorted(Path(runs_dir).glob(f'{experiment}/*/config.yaml'), key=lambda p: p.stat().st_mtime)
+    if not files: raise UserError(f'{runs_dir}: holds no run of experiment {experiment}; train first, or check runs_dir')
+    return cls.open(files[-1].parent)
+
+# %% ../../nbs/01_core.runs.ipynb #a565284e
+def _cpu_seconds():
+    "CPU seconds of this process and of its finished children."
+    return sum(os.times()[:4])
 
 @patch
-def stages(self: Run) -> dict: # {name: dict(done, seconds, cpu_seconds, …)}
-    "What has been done so far and how long it took."
+def stages(self: Run) -> dict: # {name: dict(done, seconds, cpu_seconds, and facts)}
+    "What has been done so far, and how long it took."
     file = self.path/'stages.json'
     return read_json(file) if file.exists() else {}
 
 @patch
+def done(self: Run,
+         name: str # of the stage
+        ) -> bool:
+    "Has the stage been finished?"
+    return self.stages().get(name, {}).get('done', False)
+
+# %% ../../nbs/01_core.runs.ipynb #8deaa4d4
+@patch
 @contextmanager
-def stage(self: Run, 
+def stage(self: Run,
           name: str # of the stage
          ):
-    "Time the body; it counts as done if it ends without an exception. Facts put into the yielded dict are kept."
-    facts, start, cpu = {}, time.time(), _cpu_seconds()
+    "Time the body; the stage is done if it ends without an exception. Facts put into the yielded dict are kept."
+    facts, start, cpu, done = {}, time.time(), _cpu_seconds(), False
     try:
         yield facts
-        facts['done'] = True
+        done = True
     finally:
         stages = self.stages()
-        old = stages.get(name, {})
-        if old.get('done'): old = {}
-        stages[name] = dict(dict(done=False), **facts, seconds=round(old.get('seconds', 0) + time.time() - start, 3),
-                            cpu_seconds=round(old.get('cpu_seconds', 0) + _cpu_seconds() - cpu, 3))
+        before = stages.get(name, {})
+        if before.get('done'): before = {}
+        stages[name] = dict(done=done, seconds=round(before.get('seconds', 0) + time.time() - start, 3),
+                            cpu_seconds=round(before.get('cpu_seconds', 0) + _cpu_seconds() - cpu, 3), **facts)
         write_json(self.path/'stages.json', stages)
 
-def _cpu_seconds():
-    "CPU seconds of this process and of its finished children."
-    t = os.times()
-    return t.user + t.system + t.children_user + t.children_system
+# %% ../../nbs/01_core.runs.ipynb #ed97a7a0
+def read_metrics(source              # a `metrics.csv`, a `Run`, a list of rows (dicts) or a DataFrame
+                ):                   # DataFrame, one row per logged step
+    "The record of a training as a DataFrame; `UserError` if there is none."
+    import pandas as pd
+    if isinstance(source, pd.DataFrame): return source
+    if isinstance(source, list): return pd.DataFrame(source)
+    path = source.metrics if isinstance(source, Run) else Path(source)
+    if not path.exists(): raise UserError(f'{path}: no such file; train first, or check the path')
+    with open(path, newline='', encoding='utf-8') as f: lines = f.read().split('\n')[:-1]
+    rows = list(csv.DictReader(lines))
+    try: return pd.DataFrame(rows).replace('', 'nan').astype(float).astype(dict(step=int))
+    except (KeyError, ValueError): raise UserError(f'{path}: damaged or not a record of a training; give the metrics.csv of a run') from None
+
+# %% ../../nbs/01_core.runs.ipynb #ae57db1c
+def plot_losses(source,                         # anything that `read_metrics` reads
+                names: list[str]|None = None,   # which columns; None: all but time and learning rate
+                columns: int = 4                # panels in a row
+               ):                               # matplotlib Figure
+    "One panel per loss and metric: training as a line, evaluation as dots."
+    import matplotlib.pyplot as plt
+    df = read_metrics(source)
+    if names is None: names = [c for c in df if c not in ('step', 'seconds', 'cpu_seconds', 'lr') and not c.startswith('valid_')]
+    columns = min(columns, len(names))
+    fig, axes = plt.subplots(-(-len(names)//columns), columns, squeeze=False, sharex=True, layout='constrained',
+                             figsize=(2.9*columns + .3, 2*-(-len(names)//columns) + .2))
+    for ax, name in zip(axes.flat, names): _plot_one(ax, df, name)
+    for ax in axes.flat[len(names):]: ax.axis('off')
+    for ax in axes.flat[max(0, len(names) - columns):len(names)]:
+        ax.set_xlabel('step')
+        ax.tick_params(labelbottom=True)
+    if len(axes.flat[0].lines) > 1: axes.flat[0].legend(frameon=False, fontsize=8)
+    return fig
+
+# %% ../../nbs/01_core.runs.ipynb #8770bd09
+def _plot_one(ax, df, name):
+    "One column and its valid twin on one axis."
+    for column, style in ((name, dict(color='C0', lw=1.2, label='train')), (f'valid_{name}', dict(color='C1', marker='o', ms=3, lw=.8, label='valid'))):
+        known = df[['step', column]].dropna() if column in df else []
+        if len(known): ax.plot(known['step'], known[column], **style)
+    values = df[[c for c in (name, f'valid_{name}') if c in df]].stack()
+    if len(values) and values.min() > 0 and values.max() > 10*values.min(): ax.set_yscale('log')
+    ax.set_title(name, fontsize=9)
+    ax.grid(alpha=.25, lw=.5)
+    ax.spines[['top', 'right']].set_visible(False)
+
+# %% ../../nbs/01_core.runs.ipynb #312ef144
+@patch
+def save_figure(self: Run,
+                fig,            # matplotlib Figure
+                name: str,      # of the file, without ending
+                dpi: int = 100  # dots per inch
+               ) -> Path:       # the PNG
+    "Save a figure under `figures/`."
+    path = self.figures/f'{name}.png'
+    with atomic_write(path) as f: fig.savefig(f, format='png', dpi=dpi)
+    return path
+
+# %% ../../nbs/01_core.runs.ipynb #c25965d2
+@patch
+def summary(self: Run) -> dict: # plain values
+    "Where the run stands: steps, seconds, last losses, stages."
+    rows = read_metrics(self).to_dict('records') if self.metrics.exists() else []
+    last = {k: v for row in rows for k, v in row.items() if v == v}             # the last value that is a number
+    return dict(path=str(self.path), experiment=self.experiment, name=self.name, seed=self.config.get('seed'),
+                steps=last.pop('step', 0), of=(self.config.get('loop') or {}).get('steps'), last=last, stages=self.stages(),
+                packages=self.environments[-1]['packages'], commit=self.environments[-1]['commit'])
