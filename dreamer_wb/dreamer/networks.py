@@ -195,13 +195,15 @@ class ConvEncoder(nn.Module):
         self.stages = nn.Sequential(*[down_stage(a, b, cfg) for a, b in zip(channels, channels[1:])])
         self.apply(init_weights).to(memory_format=torch.channels_last)
 
-# %% ../../nbs/21_dreamer.networks.ipynb #451de1b6
+# %% ../../nbs/21_dreamer.networks.ipynb #51e62206
 @patch
 def forward(self: ConvEncoder,
     image: Tensor, # (N, 3, H, W) float in [-0.5, 0.5]
 ) -> Tensor: # (N, E)
     "Embed images."
-    assert image.shape[1:] == (3, self.size, self.size), f'images {tuple(image.shape)}: expected (N, 3, {self.size}, {self.size})'
+    if image.shape[1:] != (3, self.size, self.size):
+        hint = '; channels first: use .permute(0, 3, 1, 2)' if image.shape[-1] == 3 else ''
+        raise UserError(f'images {tuple(image.shape)}: expected (N, 3, {self.size}, {self.size}){hint}')
     x = self.stages(image.contiguous(memory_format=torch.channels_last))
     return x.permute(0, 2, 3, 1).flatten(1)
 
