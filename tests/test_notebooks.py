@@ -65,7 +65,9 @@ def test_runs(path, tmp_path, script):
     text = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
     links = script('links')
     expected = {links.patched_name(n) for _, source in code(path) for n in links.exported(source) if not n.name.startswith('_')}
-    if not skips_docs(path): assert not (hidden := expected - set(re.findall(r'^#+ (\S+)$', text, re.M))), f'not on the page: {sorted(hidden)}'
+    hidden = set() if skips_docs(path) else expected - set(re.findall(r'^#+ (\S+)$', text, re.M))
+    report([f'{place(path)}: {name} is not on the page under this name' for name in sorted(hidden)],
+           'a decorator between @patch and def hides the class: `with torch.no_grad():` in the body, or a private function that is wrapped')
 
 def skips_docs(path): return 'skip_showdoc: true' in ''.join(read(path)['cells'][0]['source'])
 
