@@ -414,34 +414,33 @@ def read_metrics(source              # a `metrics.csv`, a `Run`, a list of rows 
     try: return pd.DataFrame(rows).replace('', 'nan').astype(float).astype(dict(step=int))
     except (KeyError, ValueError): raise UserError(f'{path}: damaged or not a record of a training; give the metrics.csv of a run') from None
 
-# %% ../../nbs/01_core.runs.ipynb #ae57db1c
+# %% ../../nbs/01_core.runs.ipynb #ca147f74
 def plot_losses(source,                         # anything that `read_metrics` reads
                 names: list[str]|None = None,   # which columns; None: all but time and learning rate
-                columns: int = 4                # panels in a row
+                columns: int = 3                # panels in a row
                ):                               # matplotlib Figure
     "One panel per loss and metric: training as a line, evaluation as dots."
     import matplotlib.pyplot as plt
     df = read_metrics(source)
     if names is None: names = [c for c in df if c not in ('step', 'seconds', 'cpu_seconds', 'lr') and not c.startswith('valid_')]
     columns = min(columns, len(names))
-    fig, axes = plt.subplots(-(-len(names)//columns), columns, squeeze=False, sharex=True, layout='constrained',
-                             figsize=(2.9*columns + .3, 2*-(-len(names)//columns) + .2))
+    fig, axes = plt.subplots(-(-len(names)//columns), columns, squeeze=False, layout='constrained', dpi=72,
+                             figsize=(3.2*columns + .3, 2*-(-len(names)//columns) + .2))
     for ax, name in zip(axes.flat, names): _plot_one(ax, df, name)
     for ax in axes.flat[len(names):]: ax.axis('off')
-    for ax in axes.flat[max(0, len(names) - columns):len(names)]:
-        ax.set_xlabel('step')
-        ax.tick_params(labelbottom=True)
+    for ax in axes.flat[max(0, len(names) - columns):len(names)]: ax.set_xlabel('step', fontsize=8)
     if len(axes.flat[0].lines) > 1: axes.flat[0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/01_core.runs.ipynb #8770bd09
+# %% ../../nbs/01_core.runs.ipynb #3938f2d6
 def _plot_one(ax, df, name):
     "One column and its valid twin on one axis."
     for column, style in ((name, dict(color='C0', lw=1.2, label='train')), (f'valid_{name}', dict(color='C1', marker='o', ms=3, lw=.8, label='valid'))):
         known = df[['step', column]].dropna() if column in df else []
         if len(known): ax.plot(known['step'], known[column], **style)
-    values = df[[c for c in (name, f'valid_{name}') if c in df]].stack()
-    if len(values) and values.min() > 0 and values.max() > 10*values.min(): ax.set_yscale('log')
+    values = df[name].dropna()
+    if len(values) and values.min() > 0 and values.iloc[0] > 10*values.iloc[-1]: ax.set_yscale('log')
+    ax.tick_params(labelsize=8)
     ax.set_title(name, fontsize=9)
     ax.grid(alpha=.25, lw=.5)
     ax.spines[['top', 'right']].set_visible(False)
