@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Features', 'FeatureBatches', 'FeatureSequential', 'training_batches', 'evaluation_batches', 'data_key',
-           'world_hash', 'extract_latents', 'pixels', 'pca_features', 'balanced_draw', 'probe', 'probe_table',
-           'embed_2d', 'plot_embedding']
+           'world_hash', 'keep_rows', 'extract_latents', 'pixels', 'pca_features', 'balanced_draw', 'probe',
+           'probe_table', 'embed_2d', 'plot_embedding']
 
 # %% ../../nbs/31_classifier.latents.ipynb #ee99caa4
 import hashlib, zipfile
@@ -118,7 +118,24 @@ def _encode(
     world.train(training)
     return np.concatenate(out)
 
-# %% ../../nbs/31_classifier.latents.ipynb #644f4652
+# %% ../../nbs/31_classifier.latents.ipynb #14a842c6
+def keep_rows(
+    file:str, # `.npz` file; None: nothing is kept
+    rows:int, # how many rows are expected
+    make, # function without arguments that makes them
+) -> np.ndarray: # (rows, F) float32
+    "Rows of features from `file`, or made and kept there if it is missing, damaged or of another length."
+    try:
+        with np.load(file, allow_pickle=False) as f: x = f['x']
+        if x.ndim == 2 and len(x) == rows and x.dtype == np.float32: return x
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile): pass
+    x = np.asarray(make(), np.float32)
+    if not np.isfinite(x).all(): raise UserError(f'{file or "features"}: not kept, they hold NaN or infinite values; the model that made them is broken, train it again')
+    if file:
+        with atomic_write(file) as f: np.savez(f, x=x)
+    return x
+
+# %% ../../nbs/31_classifier.latents.ipynb #09446ffe
 def extract_latents(
     world, # `DreamerWorldModel`, or anything with `encoder(obs) -> Latent`
     store, # `EpisodeStore`
@@ -126,24 +143,15 @@ def extract_latents(
     part:str='stoch', # 'stoch', 'deter' or 'feat' (both)
     batch_size:int=128, # images at a time
     repeat:int=1, # show each still image this many times in a row, as the model was trained
-) -> Features:
+) -> Features: # `.file` is where they are kept
     "Latents of all images of a store, read from `cache` if they were made before."
     if part not in ('stoch', 'deter', 'feat'): raise UserError(f'latent part {part}: it can be stoch, deter or feat')
-    file = cache and Path(cache)/f'{store.folder.name}_{part}_{repeat}_{world_hash(world)}_{store.cache.name[:16]}.npz'
-    z = _read_latents(file, len(store)) if file else None
-    if z is None:
-        z = _encode(world, store, part, batch_size, repeat)
-        if not np.isfinite(z).all(): raise UserError(f'{store.folder}: the latents hold NaN or infinite values; the world model is broken, train it again')
-        if file:
-            with atomic_write(file) as f: np.savez(f, z=z)
-    return Features(z, store.label, store.place, str(store.folder))
-
-def _read_latents(file, n):
-    "The latents kept in `file`, or None if it is missing, damaged or of another length."
-    try:
-        with np.load(file, allow_pickle=False) as f: z = f['z']
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
-    return z if z.ndim == 2 and len(z) == n and z.dtype == np.float32 else None
+    name = f'{store.folder.name}_{part}_{repeat}_{world_hash(world)}_{store.cache.name[:16]}.npz'
+    file = Path(cache)/name if cache else None
+    z = keep_rows(file, len(store), lambda: _encode(world, store, part, batch_size, repeat))
+    out = Features(z, store.label, store.place, str(store.folder))
+    out.file = file
+    return out
 
 # %% ../../nbs/31_classifier.latents.ipynb #aa724e76
 def pixels(
