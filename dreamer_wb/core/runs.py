@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'HARMLESS', 'UserError', 'write_error', 'atomic_
            'bar_place', 'progress', 'save_checkpoint', 'load_checkpoint', 'Run', 'environment', 'differences',
            'same_config', 'read_metrics', 'plot_losses']
 
-# %% ../../nbs/01_core.runs.ipynb #1f559e33
+# %% ../../nbs/01_core.runs.ipynb #6d3f3aa4
 import csv
 import errno
 import io
@@ -25,6 +25,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 from fastcore.basics import patch
 
@@ -169,7 +170,7 @@ def save_checkpoint(path: str|Path,        # the file, usually in `run.checkpoin
     torch.save(data, buffer)
     with atomic_write(path) as f: f.write(buffer.getbuffer())
 
-# %% ../../nbs/01_core.runs.ipynb #d5b612b0
+# %% ../../nbs/01_core.runs.ipynb #435d0fec
 def load_checkpoint(path: str|Path,       # the file
                     kind: str|None = None # refuse a checkpoint of another kind
                    ) -> dict:             # `kind, config, state, meta, version`; tensors on the CPU
@@ -179,6 +180,8 @@ def load_checkpoint(path: str|Path,       # the file
     path = Path(path)
     try:
         with open(path, 'rb') as f: zipped = f.read(4) == b'PK\x03\x04'
+        if zipped:
+            with ZipFile(path) as z: assert z.testzip() is None
         data = torch.load(path, map_location='cpu', weights_only=True) if zipped else None
     except FileNotFoundError: raise UserError(f'{path}: no such checkpoint; train first, or check the path') from None
     except IsADirectoryError: raise UserError(f'{path}: is a folder; give the file, for example {path}/checkpoints/last.ckpt') from None
