@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RESAMPLE', 'SETTINGS', 'DRAWING', 'resize_image', 'resize_mask', 'PrepareConfig', 'episode_names', 'prepare']
 
-# %% ../../nbs/13_data.prepare.ipynb #782055b0
+# %% ../../nbs/13_data.prepare.ipynb #21242829
 import hashlib
 import os
+import shutil
 import unicodedata
 import warnings
 from collections import Counter
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.config import at_least, choice
-from ..core.runs import UserError, progress, read_json, write_json
+from ..core.runs import UserError, progress, read_json, write_error, write_json
 from .episodes import read_episode, write_episode
 from .waterbirds import (LAYOUT_FILES, SPLITS, URL, download_waterbirds, mask_box, read_image, read_mask,
                                          read_table, relative_path, write_table)
@@ -46,7 +47,7 @@ def resize_mask(
     from PIL import Image
     return resize_image(Image.fromarray(mask.astype(np.uint8) * 255), size, crop, 'box') > 127
 
-# %% ../../nbs/13_data.prepare.ipynb #b98a497a
+# %% ../../nbs/13_data.prepare.ipynb #998af414
 @dataclass
 class PrepareConfig:
     "Everything that `dreamer-wb prepare` reads."
@@ -65,9 +66,9 @@ class PrepareConfig:
     url: str = URL # its address
     sha256: str = '' # its checksum, verified if given
     source: str = choice('files', 'synthetic') # images that are there, or images drawn now
-    n: int = at_least(2000, 100) # drawn images: how many
-    bias: float = at_least(0.95, 0.5) # drawn images: share of training birds in their usual place
-    difficulty: float = at_least(0.5, 0) # drawn images: how hard
+    n: int = at_least(4000, 1) # drawn images: how many
+    bias: float = at_least(0.95, 0) # drawn images: share of training birds in their usual place
+    difficulty: str = 'default' # drawn images: easy, default, hard, or a number from 0 to 1
     seed: int = at_least(0, 0) # drawn images: same seed, same images
 
 # %% ../../nbs/13_data.prepare.ipynb #b4979b9a
@@ -93,147 +94,141 @@ def _is_done(
     return (e['obs'].shape == (1, want['size'], want['size'], 3) and ('mask' in e) == want['mask']
             and all(k in e and e[k] == want[k] for k in ('label', 'place')))
 
-# %% ../../nbs/13_data.prepare.ipynb #2975f3bc
+# %% ../../nbs/13_data.prepare.ipynb #0d6504e7
 def _prepare_one(
-    row: dict, # a row of the table, with `out`, the episode's path
+    row: dict, # a row of the table
     cfg: PrepareConfig, # the settings
     masks: bool, # whether episodes have masks
 ) -> tuple: # box of the bird in the photograph, or None
     "Make the episode of one image unless it is there."
-    mask = read_mask(row['mask']) if row['mask'] else None
+    path, mask = Path(cfg.out_dir)/row['episode'], read_mask(row['mask']) if row['mask'] else None
     box = row['box'] if mask is None else mask_box(mask)
-    if _is_done(row['out'], dict(label=row['label'], place=row['place'], mask=masks, size=cfg.size)): return box
+    if _is_done(path, dict(label=row['label'], place=row['place'], mask=masks, size=cfg.size)): return box
     image = read_image(row['path'])
     if mask is not None and mask.shape[::-1] != image.size:
         raise UserError(f"{row['mask']}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {image.width}x{image.height} ({row['path']}); replace or remove it")
     extra = dict(label=row['label'], place=row['place'])
     if masks: extra['mask'] = (np.zeros((cfg.size, cfg.size), bool) if mask is None else resize_mask(mask, cfg.size, cfg.crop))[None]
-    write_episode(row['out'], resize_image(image, cfg.size, cfg.crop, cfg.resample)[None], compress=cfg.compress, **extra)
+    write_episode(path, resize_image(image, cfg.size, cfg.crop, cfg.resample)[None], compress=cfg.compress, **extra)
     return box
 
-# %% ../../nbs/13_data.prepare.ipynb #31628b65
-SETTINGS = ('source', 'data_root', 'size', 'crop', 'resample', 'layout', 'fix_labels', 'segmentations')
-DRAWING = ('n', 'bias', 'difficulty', 'seed', 'size')
+# %% ../../nbs/13_data.prepare.ipynb #1373a2c4
+SETTINGS = ('source', 'size', 'crop', 'resample', 'layout', 'fix_labels', 'segmentations')
+DRAWING = ('n', 'bias', 'difficulty', 'seed')
 
 def _settings(
     cfg: PrepareConfig, # the settings
-    names: tuple, # which of them
 ) -> dict: # by name
-    "Those settings that change the result."
-    return {k: getattr(cfg, k) for k in names}
+    "Those settings that change the result; folders as seen from `out_dir`."
+    names = SETTINGS + (DRAWING if cfg.source == 'synthetic' else ())
+    return dict({k: getattr(cfg, k) for k in names}, data_root=relative_path(cfg.data_root, cfg.out_dir))
 
-def _same_settings(
-    old: dict, # settings of an earlier call
+def _check_settings(
+    old: dict, # settings of an earlier call, or nothing
     new: dict, # settings now
-    where: Path, # what they made
+    out: Path, # what they made
 ):
     "A `UserError` that names what differs."
-    odd = [f'{k}={old.get(k)}, now {k}={v}' for k, v in new.items() if old.get(k) != v]
-    if odd: raise UserError(f"{where}: was made with other settings ({'; '.join(odd)}); give overwrite=true to make it again, or another out_dir")
+    odd = [f'{k}={old.get(k)}, now {k}={v}' for k, v in new.items() if old and old.get(k) != v]
+    if odd: raise UserError(f"{out}: was prepared with {'; '.join(odd)}; give overwrite=true to prepare it again, or another out_dir")
 
-# %% ../../nbs/13_data.prepare.ipynb #3bc26169
-def _source(
-    path, # an image
+# %% ../../nbs/13_data.prepare.ipynb #be773bb2
+def _looks(
+    row: dict, # a row of the table
     out: Path, # folder of the episodes
-) -> list: # its path as seen from there, bytes, time
-    "What a photograph looks like from outside: if this stays the same, so does the episode."
-    try: stat = os.stat(path)
-    except OSError: raise UserError(f'{path}: no such image; check data_root') from None
-    return [relative_path(path, out), stat.st_size, stat.st_mtime_ns]
+) -> list: # path, bytes and time of the image and of its mask
+    "What an image looks like from outside: while this stays the same, so does its episode."
+    def look(path):
+        try: stat = os.stat(path)
+        except OSError: raise UserError(f'{path}: no such file; check data_root') from None
+        return [relative_path(path, out), stat.st_size, stat.st_mtime_ns]
+    return look(row['path']) + (look(row['mask']) if row['mask'] else [])
 
 def _clear(
     out: Path, # folder of episodes
-    keep: dict, # {episode: its source} as wanted now
+    want: dict, # {episode: what its image looks like}
     old: dict, # the same as recorded by an earlier call
     overwrite: bool, # remove everything
 ):
-    "Remove episodes whose photograph changed or is gone; a `UserError` for files that are not ours."
+    "Remove episodes whose image changed or is gone; a `UserError` for files that are not ours."
     for split in SPLITS:
         for path in sorted((out/split).glob('*.npz')):
             name = f'{split}/{path.name}'
             if not overwrite and name not in old:
-                raise UserError(f'{path}: was not made by this command, and would be taken for data; remove it, choose another out_dir, or give overwrite=true')
-            if overwrite or old[name] != keep.get(name): path.unlink()
+                raise UserError(f'{path}: was not made by this command, but would be taken for data; remove it, choose another out_dir, or give overwrite=true')
+            if overwrite or old[name] != want.get(name): path.unlink()
+        for path in (out/split).glob('.*.tmp'): path.unlink()                  # of a call that was killed
 
-# %% ../../nbs/13_data.prepare.ipynb #1dec07a0
+# %% ../../nbs/13_data.prepare.ipynb #db5fae4d
 def _draw(
     root: Path, # folder for the images
     cfg: PrepareConfig, # the settings
 ):
-    "Draw synthetic Waterbirds into `root` unless they are there."
+    "Draw synthetic Waterbirds into `root`, unless they are there."
     from dreamer_wb.data.synthetic import make_waterbirds
-    note, want = root/'drawn.json', _settings(cfg, DRAWING)
-    if note.is_file() and not cfg.overwrite:
-        _same_settings(read_json(note), want, root)
-        return
-    if (root/'metadata.csv').is_file() and not note.is_file():
-        raise UserError(f'{root}: holds images that were not drawn by this command; choose another data_root')
-    note.unlink(missing_ok=True)
-    make_waterbirds(root, **want)
-    write_json(note, want)
+    if cfg.overwrite and root == Path(cfg.out_dir)/'raw' and (root/'synthetic.json').is_file(): shutil.rmtree(root)
+    make_waterbirds(root, size=cfg.size, workers=min(cfg.workers, os.cpu_count() or 1), **{k: getattr(cfg, k) for k in DRAWING})
 
-# %% ../../nbs/13_data.prepare.ipynb #747ea528
-def _rows(
+def _table(
     cfg: PrepareConfig, # the settings
-) -> tuple: # table, its rows as dicts with `episode` and `out`
-    "What is to be done: one row per image."
-    root, out = Path(cfg.data_root), Path(cfg.out_dir)
+): # the table of the images, with the column `episode`
+    "Which images there are, and what their episodes are called."
+    root = Path(cfg.data_root)
     if cfg.source == 'synthetic': _draw(root, cfg)
     elif cfg.download: download_waterbirds(root, cfg.url, cfg.sha256)
     table = read_table(root, cfg.layout, cfg.fix_labels, cfg.segmentations or None)
     base = root if root.is_dir() else root.parent
-    names = episode_names([f'{s}/' + relative_path(p, base).removeprefix(f'{s}/') for p, s in zip(table['path'], table['split'])])
-    bare = (table['mask'] == '').sum()
+    inside = [relative_path(p, base).removeprefix(f'{s}/') for p, s in zip(table['path'], table['split'])]
+    table['episode'] = [f'{n}.npz' for n in episode_names([f'{s}/{p}' for s, p in zip(table['split'], inside)])]
+    bare = int((table['mask'] == '').sum())
     if 0 < bare < len(table): warnings.warn(f'{bare} of {len(table)} images have no segmentation; their masks are empty', stacklevel=4)
-    table['episode'] = [f'{n}.npz' for n in names]
-    return table, [dict(row, out=out/row['episode']) for row in table.to_dict('records')]
+    return table
 
-# %% ../../nbs/13_data.prepare.ipynb #77f63443
+# %% ../../nbs/13_data.prepare.ipynb #d170b354
 def _make_all(
-    rows: list, # from `_rows`
+    table, # from `_table`
     cfg: PrepareConfig, # the settings
-) -> list: # the birds' boxes
-    "Make all episodes that are not there, several at a time."
+) -> list: # boxes of the birds in their photographs
+    "Make all episodes that are not there, several at a time; the first error ends it."
     from concurrent.futures import ThreadPoolExecutor
-    masks = any(r['mask'] for r in rows)
+    masks = bool((table['mask'] != '').any())
     with ThreadPoolExecutor(cfg.workers) as pool:
-        jobs = [pool.submit(_prepare_one, r, cfg, masks) for r in rows]
+        jobs = [pool.submit(_prepare_one, row, cfg, masks) for row in table.to_dict('records')]
         try: return [job.result() for job in progress(jobs, 'preparing images')]
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-# %% ../../nbs/13_data.prepare.ipynb #99a85ced
-def prepare(
-    cfg: PrepareConfig, # the settings
-): # the table of `index.csv`: that of the images, with the column `episode`
-    "Make the episodes of all images of a folder; what is there already is kept."
-    from filelock import FileLock, Timeout
-    where = 'waterbirds/raw' if cfg.source == 'files' else f'{cfg.out_dir}/raw'
-    cfg = replace(cfg, data_root=str(cfg.data_root or where))
-    if not 0 < cfg.crop <= 1: raise UserError(f'crop={cfg.crop}: must be above 0 and at most 1 (the share of each side that is kept)')
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out/'.lock', timeout=0): return _prepare(cfg, out)
-    except Timeout: raise UserError(f'{out}: another `dreamer-wb prepare` is writing here; wait for it, or choose another out_dir') from None
-
-# %% ../../nbs/13_data.prepare.ipynb #7b1157c4
+# %% ../../nbs/13_data.prepare.ipynb #8e48711b
 def _prepare(
     cfg: PrepareConfig, # the settings, complete
     out: Path, # their `out_dir`, locked
 ): # the table of `index.csv`
-    "What `prepare` does once nobody else does it."
+    "What `prepare` does when nobody else does it."
     import pandas as pd
-    note = out/'prepare.json'
-    settings = dict(_settings(cfg, SETTINGS), data_root=relative_path(cfg.data_root, out))
+    note, settings = out/'prepare.json', _settings(cfg)
     old = read_json(note) if note.is_file() and not cfg.overwrite else {}
-    if old: _same_settings(old.get('settings', {}), settings, out)
-    table, rows = _rows(cfg)
-    sources = {r['episode']: _source(r['path'], out) for r in rows}
-    _clear(out, sources, old.get('images', {}), cfg.overwrite)
-    write_json(note, dict(complete=False, settings=settings, images=sources))
-    table['box'] = pd.Series(_make_all(rows, cfg), index=table.index, dtype=object)
+    _check_settings(old.get('settings', {}), settings, out)
+    table = _table(cfg)
+    images = {r['episode']: _looks(r, out) for r in table.to_dict('records')}
+    _clear(out, images, old.get('images', {}), cfg.overwrite)
+    write_json(note, dict(complete=False, settings=settings, images=images))
+    table['box'] = pd.Series(_make_all(table, cfg), index=table.index, dtype=object)
     write_table(table, out/'index.csv')
-    write_json(note, dict(complete=True, settings=settings, images=sources))
+    write_json(note, dict(complete=True, settings=settings, images=images))
     return table
+
+# %% ../../nbs/13_data.prepare.ipynb #a2d1aad4
+def prepare(
+    cfg: PrepareConfig, # the settings
+): # the table of `index.csv`: that of the images, with the column `episode`
+    "Make an episode of each image of a folder; those that are there are kept. `UserError` for every defect of the data."
+    from filelock import FileLock, Timeout
+    cfg = replace(cfg, data_root=cfg.data_root or ('waterbirds/raw' if cfg.source == 'files' else f'{cfg.out_dir}/raw'))
+    if not 0 < cfg.crop <= 1: raise UserError(f'crop={cfg.crop}: must be above 0 and at most 1, the share of each side that is kept')
+    out = Path(cfg.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out/'.lock', timeout=0): return _prepare(cfg, out)
+    except Timeout: raise UserError(f'{out}: another `dreamer-wb prepare` is writing here; wait for it, or choose another out_dir') from None
+    except OSError as e: raise write_error(e, out) from e
