@@ -33,7 +33,7 @@ class Report:
         self.blocks.append(dict(kind=kind, **block))
         return self
 
-# %% ../../nbs/70_evaluation.report.ipynb #f9079b34
+# %% ../../nbs/70_evaluation.report.ipynb #8ffe9fb4
 @patch
 def heading(self:Report,
     text:str, # heading; becomes an entry of the table of contents
@@ -41,6 +41,7 @@ def heading(self:Report,
     "Start a section."
     return self._add('heading', text=text)
 
+# %% ../../nbs/70_evaluation.report.ipynb #e0816818
 @patch
 def text(self:Report,
     text:str, # a paragraph; `code` and **bold** are understood
@@ -49,6 +50,7 @@ def text(self:Report,
     "Add a paragraph."
     return self._add('text', text=' '.join(text.split()), note=note)
 
+# %% ../../nbs/70_evaluation.report.ipynb #6d600063
 @patch
 def facts(self:Report,
     facts:dict, # {what: value}; values are shown as they are
@@ -56,7 +58,7 @@ def facts(self:Report,
     "Add the few figures that a reader should take home, as tiles."
     return self._add('facts', facts={k: str(v) for k, v in facts.items()})
 
-# %% ../../nbs/70_evaluation.report.ipynb #fddb4557
+# %% ../../nbs/70_evaluation.report.ipynb #d32dff67
 @patch
 def table(self:Report,
     df:Any, # pandas DataFrame
@@ -66,6 +68,7 @@ def table(self:Report,
     "Add a table; numbers are shown with up to three decimals."
     return self._add('table', df=df, caption=caption, best=tuple(best))
 
+# %% ../../nbs/70_evaluation.report.ipynb #390a8505
 @patch
 def code(self:Report,
     text:str, # shown as it is
@@ -74,6 +77,7 @@ def code(self:Report,
     "Add a block of code, configuration or output."
     return self._add('code', text=text, summary=summary)
 
+# %% ../../nbs/70_evaluation.report.ipynb #e90bc050
 @patch
 def figure(self:Report,
     picture:Any, # matplotlib Figure, or path of a PNG file
@@ -181,7 +185,7 @@ def to_html(self:Report) -> str: # a whole page; needs no other file
             f'<main><h1>{_inline(self.title)}</h1><p class="subtitle">{_inline(self.subtitle)}</p>\n{body}\n'
             f'<footer>Written by dreamer_wb.</footer></main></div></body></html>\n')
 
-# %% ../../nbs/70_evaluation.report.ipynb #8a3d1c02
+# %% ../../nbs/70_evaluation.report.ipynb #e3603a6b
 @patch
 def to_markdown(self:Report,
     figures:str='figures', # folder of the figures, relative to the Markdown file
@@ -189,6 +193,7 @@ def to_markdown(self:Report,
     "The report as Markdown that refers to picture files."
     return '\n\n'.join([f'# {self.title}', self.subtitle, *(_markdown_block(b, figures) for b in self.blocks)]).replace('\n\n\n\n', '\n\n') + '\n'
 
+# %% ../../nbs/70_evaluation.report.ipynb #b4ea7615
 @patch
 def to_json(self:Report) -> dict: # plain values
     "The report's words and numbers, without the pictures."
@@ -215,7 +220,7 @@ def save(self:Report,
         with atomic_write(folder/name) as f: f.write(content.encode())
     return folder/'report.html'
 
-# %% ../../nbs/70_evaluation.report.ipynb #c1c760f6
+# %% ../../nbs/70_evaluation.report.ipynb #e0518519
 GROUP_NAMES = ('land bird on land', 'land bird on water', 'water bird on land', 'water bird on water')
 
 def group_table(
@@ -229,6 +234,7 @@ def group_table(
         rows.append({'split': split, **dict(zip(GROUP_NAMES, map(int, n))), 'all': len(store)})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/70_evaluation.report.ipynb #1dcba926
 def plot_group_samples(
     store:Any, # EpisodeStore with labels and places
     n:int=8, # pictures of each group
