@@ -2,6 +2,7 @@
 
     python .ci/links.py            # the sources
     python .ci/links.py _docs      # and a rendered site: links, anchors, nothing loaded from another host
+    python .ci/links.py --mend     # take the backticks off library symbols behind parameters (see `signature_problems`)
 
 The sources are read as nbdev and Quarto will read them: headings become anchors by Pandoc's rule, exported symbols get an
 anchor where nbdev shows them, a symbol in backticks is a link to that place. Links to this project's own pages on GitHub,
@@ -104,12 +105,20 @@ def shown(source):
     return names | {name.lower() for name in re.findall(r'\bshow_doc\(\s*([\w.]+)', source)}
 
 
-def documentation(source):
-    "What nbdev shows of a code cell's words: docstrings, and the comments behind parameters."
-    nodes = exported(source)
-    comments = [c for n in nodes for line in source.splitlines()[n.lineno - 1:n.end_lineno]
-                for c in re.findall(r'\s#\s+(.*)', line)]
-    return '\n'.join([ast.get_docstring(n) or '' for n in nodes] + comments)
+def documented(source):
+    "The exported functions and classes of a cell whose docstrings and signatures are on the page."
+    return [n for n in exported(source) if not n.name.startswith('_')]
+
+
+def docstrings(source):
+    "The docstrings of a code cell that nbdev shows."
+    return '\n'.join(ast.get_docstring(n) or '' for n in documented(source))
+
+
+def signature_lines(source):
+    "Numbers of the lines with parameters, return values and fields, whose comments nbdev shows inside the signature."
+    nodes = [m for n in documented(source) for m in ([n] if not isinstance(n, ast.ClassDef) else n.body)]
+    return [i for n in nodes if not isinstance(n, ast.Expr) for i in range(n.lineno - 1, n.body[0].lineno - 1 if hasattr(n, 'body') else n.end_lineno)]
 
 
 class Site:
@@ -202,7 +211,8 @@ class Site:
         page, anchor = self.symbols[name]
         if page not in self.pages: return f'{page} is not a page: run `python .ci/refresh.py --no-run`'
         if anchor in self.anchors[self.pages[page]]: return ''
-        return f'{page} does not show {name}: give the method its own @patch cell, or write the words without backticks'
+        if name.split('.')[-1].startswith('_'): return f'{page} does not show what is private: write <code>{name}</code>, or describe it'
+        return f'{page} does not show {name}: give the method its own @patch cell, or write <code>{name}</code>'
 
     # ------------------------------------------------------------ all that is to be checked
 
@@ -213,7 +223,8 @@ class Site:
             for i, text in sources(notebook, 'markdown'):
                 yield from self.text_problems(path, f'{name}, cell {i}', text)
             for i, text in sources(notebook, 'code'):
-                yield from self.text_problems(path, f'{name}, cell {i}', documentation(text))
+                yield from self.text_problems(path, f'{name}, cell {i}', docstrings(text))
+                yield from self.signature_problems(f'{name}, cell {i}', text)
             for i, cell in enumerate(notebook['cells']):
                 for text in output_texts(cell):
                     for target in targets(text): yield from self.found(path, f'{name}, output of cell {i}', target)
@@ -224,6 +235,28 @@ class Site:
         for word in SYMBOL.findall(without_code(text)):
             problem = self.symbol_problem(word)
             if problem: yield f'{place}: `{word}`: {problem}'
+
+    def signature_problems(self, place, source):
+        "nbdev makes links of symbols in backticks in a signature too, where they are shown as raw text."
+        lines = source.splitlines()
+        for word in SYMBOL.findall('\n'.join(lines[i].partition(' #')[2] for i in signature_lines(source))):
+            if word in self.symbols: yield f'{place}: `{word}` behind a parameter is shown as the raw text of a link: run `python .ci/refresh.py --no-run`'
+
+    def mended(self, source):
+        "A code cell without what `signature_problems` finds."
+        lines = source.splitlines(True)
+        for i in signature_lines(source):
+            code, mark, comment = lines[i].partition(' #')
+            lines[i] = code + mark + SYMBOL.sub(lambda m: m[0].strip('`') if m[1] in self.symbols else m[0], comment)
+        return ''.join(lines)
+
+    def mend(self):
+        "Rewrite the notebooks that `signature_problems` complains about; their outputs stay."
+        for path, notebook in self.notebooks.items():
+            new = {i: self.mended(text) for i, text in sources(notebook, 'code')}
+            changed = {i: text for i, text in new.items() if text != ''.join(notebook['cells'][i]['source'])}
+            for i, text in changed.items(): notebook['cells'][i]['source'] = text.splitlines(True)
+            if changed: path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + '\n', 'utf-8')
 
     def found(self, path, place, target):
         "The problem of one link as a line, or nothing."
@@ -318,9 +351,11 @@ def rendered_problem(folder, pages, path, target, site, loaded):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('rendered', nargs='?', help='folder of a rendered site, e.g. _docs')
+    parser.add_argument('--mend', action='store_true', help='rewrite the notebooks where that is all that is needed')
     parser.add_argument('--root', default=Path(__file__).resolve().parent.parent, help='the checkout')
     args = parser.parse_args()
     site = Site(args.root)
+    if args.mend: return site.mend()
     problems = list(site.problems()) + (list(rendered_problems(args.rendered, site)) if args.rendered else [])
     for line in problems: print(line)
     if problems: sys.exit(f'{len(problems)} broken links')

@@ -72,9 +72,14 @@ def main():
     env = dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS='1')
     env.pop('IN_TEST', None)                                 # with it nbdev_export exports nothing
     if not args.no_run: run_all(notebooks, args.jobs, dict(env, IN_TEST='1'))
-    for command in ('nbdev_clean', 'nbdev_export'):
-        subprocess.run([str(Path(sys.executable).with_name(command))], check=True, env=env)
-    for script in ('colab.py', 'readme.py'): subprocess.run([sys.executable, f'.ci/{script}'], check=True, env=env)
+    def nbdev(command): subprocess.run([str(Path(sys.executable).with_name(command))], check=True, env=env)
+    def script(*command): subprocess.run([sys.executable, *command], check=True, env=env)
+    script('.ci/colab.py')
+    nbdev('nbdev_clean')
+    nbdev('nbdev_export')
+    script('.ci/links.py', '--mend')                         # needs the index of the export, and changes what is exported
+    nbdev('nbdev_export')
+    script('.ci/readme.py')
     from nbdev.quarto import refresh_quarto_yml
     refresh_quarto_yml()
 

@@ -137,7 +137,7 @@ def planted(tmp_path, script):
         (tmp_path/'nbs').mkdir()
         (tmp_path/'dreamer_wb').mkdir()
         (tmp_path/'dreamer_wb'/'_modidx.py').write_text("d = {'syms': {'dreamer_wb.core.one': {'dreamer_wb.core.one.f': ('core.one.html#f', ''), "
-            "'dreamer_wb.core.one.C': ('core.one.html#c', ''), 'dreamer_wb.core.one.C.hidden': ('core.one.html#c.hidden', '')}}}")
+            "'dreamer_wb.core.one.C': ('core.one.html#c', ''), 'dreamer_wb.core.one._p': ('core.one.html#_p', ''), 'dreamer_wb.core.one.C.hidden': ('core.one.html#c.hidden', '')}}}")
         (tmp_path/'_quarto.yml').write_text(f'website:\n  sidebar:\n    contents:\n      - section: Core\n        contents: [{sidebar}]\n')
         (tmp_path/'README.md').write_text('# Top\n\n## Two words!\n' + readme)
         write('00_core.one.ipynb', cell('markdown', '# core.one\n\n> One.'), cell('markdown', '## Shared section'),
@@ -156,7 +156,7 @@ def test_good_links_pass(text, planted): assert planted(text) == []
 BROKEN = {'[x](02_core.three.ipynb)': 'no such file', '[x](00_core.one.ipynb#shared-sektion)': 'no anchor #shared-sektion (near: shared-section)',
           '[x](core.three.html)': 'no such file', '[x](#nowhere)': 'no anchor', '![x](images/plot.png)': 'no such file', '<img src="plot.png">': 'no such file',
           '[x](../README.md)': 'not on the site', '[x](/etc/hosts)': 'absolute path', '[x](https:/arxiv.org)': 'no host', '[x](file:///tmp/a)': 'a link of kind file:',
-          '`C.hidden`': 'does not show C.hidden', '[x](https://github.com/dreamer-wb/dreamer_wb/blob/main/GONE.md)': 'no such file in the repository: GONE.md',
+          '`C.hidden`': 'does not show C.hidden', '`_p`': 'does not show what is private', '[x](https://github.com/dreamer-wb/dreamer_wb/blob/main/GONE.md)': 'no such file in the repository: GONE.md',
           '[x](https://dreamer-wb.github.io/dreamer_wb/gone.html)': 'no notebook makes the page', '[x](00_core.one.ipynb#core.one)': 'no anchor'}
 
 @pytest.mark.parametrize('text', BROKEN)
@@ -166,8 +166,18 @@ def test_broken_links_are_found(text, planted):
 
 def test_broken_links_elsewhere_are_found(planted):
     found = planted(readme='[x](nbs/gone.ipynb) [y](#two-words) [z](#two-words!)', sidebar='00_core.one.ipynb, 09_gone.ipynb',
-                    code='#| export\ndef g(\n    a, # as in `C.hidden`\n):\n    "See `C.hidden`."\n')
+                    code='#| export\ndef g(\n    a, # as in `f`, or `other`\n):\n    "See `C.hidden`."\n')
     assert [f.split(':')[0] for f in found] == ['nbs/01_core.two.ipynb, cell 2'] * 2 + ['README.md'] * 2 + ['_quarto.yml, contents']
+
+def test_symbols_behind_parameters_are_mended(planted, tmp_path, script):
+    "Inside a signature nbdev shows a link as raw text: `--mend` takes the backticks off library symbols there, and nowhere else."
+    code = '#| export\ndef g(\n    a=1, # as in `f`, `C.hidden` or `other`\n): # what `f()` gives\n    "See `f`."\n    return a # `f`\n'
+    code += '@dataclass\nclass K:\n    "As `f`."\n    b: int = 0 # of `C`\n    def m(self): return 1 # `f`\n'
+    assert len(planted(code=code)) == 4
+    script('links').Site(tmp_path).mend()
+    cell = json.loads((tmp_path/'nbs'/'01_core.two.ipynb').read_text())['cells'][2]
+    assert ''.join(cell['source']) == code.replace('`f`, `C.hidden` or', 'f, C.hidden or').replace('`f()` gives', 'f() gives').replace('`C`', 'C')
+    assert list(script('links').Site(tmp_path).problems()) == []
 
 def test_rendered_site(tmp_path, script):
     "The HTML that Quarto makes is checked too: files, anchors, and nothing from another host."
