@@ -61,20 +61,20 @@ def swap_bird(spec: Spec  # any image
     "The exact counterfactual of the bird."
     return replace(spec, label=1-spec.label)
 
-# %% ../../nbs/11_data.synthetic.ipynb #6219103b
+# %% ../../nbs/11_data.synthetic.ipynb #c706a373
 @dataclass(frozen=True)
 class Look:
     "What makes the set easy or hard."
-    fit: tuple = (.82, .97)    # smallest and largest size of the whole bird, as a share of the frame
-    shape_noise: float = .05   # spread of the shapes within a species
+    fit: tuple = (.72, .97)    # smallest and largest size of the whole bird, as a share of the frame
+    shape_noise: float = .08   # spread of the shapes within a species
     camouflage: float = 0.     # 0 own colours .. 1 nearly the olive of the woods and the lakes
-    bg_mix: float = .6         # share of scenes that hold both water and wood
-    plumage_cue: float = .9    # share of birds in the colours of their species; the rest wear a coat that both families wear
+    bg_mix: float = .4         # share of scenes that hold both water and wood
+    plumage_cue: float = .4    # share of birds in the colours of their species; the rest wear a coat that both families wear
 
-# %% ../../nbs/11_data.synthetic.ipynb #e6f6f639
-LOOKS = {'easy':    Look(fit=(.88, .97), shape_noise=.03, plumage_cue=1.),
+# %% ../../nbs/11_data.synthetic.ipynb #e3fb4712
+LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=.8),
          'default': Look(),
-         'hard':    Look(shape_noise=.25, camouflage=.35)}
+         'hard':    Look(fit=(.6, .95), shape_noise=.15, camouflage=.2, plumage_cue=.2)}
 
 # %% ../../nbs/11_data.synthetic.ipynb #07cabecd
 def look_at(difficulty: str|float|Look = 'default', # 'easy', 'default', 'hard', or 0 (easy) .. .5 (default) .. 1 (hard)
