@@ -82,12 +82,11 @@ def flags(source):
     return {line.split('|', 1)[1].strip() for line in source.splitlines() if re.match(r'\s*#\s*\|', line)}
 
 
-def patched_name(node):
-    "`Class.method` for a function with @patch, else its own name."
-    for decorator in getattr(node, 'decorator_list', []):
-        name = getattr(decorator, 'id', getattr(getattr(decorator, 'func', None), 'id', ''))
-        if name == 'patch': return f'{ast.unparse(node.args.args[0].annotation)}.{node.name}'
-    return node.name
+def patched_name(node, as_shown=False):
+    "`Class.method` for a function with @patch, else its own name; nbdev shows that too if @patch hides another decorator."
+    names = [getattr(d, 'id', getattr(getattr(d, 'func', None), 'id', '')) for d in node.decorator_list]
+    if 'patch' not in names or as_shown and names[-1] != 'patch': return node.name
+    return f'{ast.unparse(node.args.args[0].annotation)}.{node.name}'
 
 
 def exported(source):
@@ -100,7 +99,7 @@ def exported(source):
 
 def shown(source):
     "Anchors of what nbdev shows for a code cell: its exported symbols, and what it calls `show_doc` on."
-    names = {patched_name(n).lower() for n in exported(source) if not n.name.startswith('_') or n.name.startswith('__')}
+    names = {patched_name(n, as_shown=True).lower() for n in exported(source) if not n.name.startswith('_') or n.name.startswith('__')}
     names |= {word.split()[1] for word in flags(source) if word.startswith('label:')}
     return names | {name.lower() for name in re.findall(r'\bshow_doc\(\s*([\w.]+)', source)}
 
@@ -212,7 +211,7 @@ class Site:
         if page not in self.pages: return f'{page} is not a page: run `python .ci/refresh.py --no-run`'
         if anchor in self.anchors[self.pages[page]]: return ''
         if name.split('.')[-1].startswith('_'): return f'{page} does not show what is private: write <code>{name}</code>, or describe it'
-        return f'{page} does not show {name}: give the method its own @patch cell, or write <code>{name}</code>'
+        return f'{page} does not show {name}: give the method its own cell with @patch as its only decorator, or write <code>{name}</code>'
 
     # ------------------------------------------------------------ all that is to be checked
 

@@ -169,6 +169,12 @@ def test_broken_links_elsewhere_are_found(planted):
                     code='#| export\ndef g(\n    a, # as in `f`, or `other`\n):\n    "See `C.hidden`."\n')
     assert [f.split(':')[0] for f in found] == ['nbs/01_core.two.ipynb, cell 2'] * 2 + ['README.md'] * 2 + ['_quarto.yml, contents']
 
+def test_names_on_the_page(script):
+    "What nbdev shows, and under which anchor: public names, @patch methods of their class, bare where another decorator is hidden."
+    cell = '#| export\n@patch\ndef a(self: C): pass\n@patch\n@contextmanager\ndef b(self: C): pass\n@patch(as_prop=True)\ndef c(self: C): pass\ndef _d(): pass\nclass E: pass\n'
+    assert script('links').shown(cell) == {'c.a', 'b', 'c.c', 'e'} and script('links').shown(cell.replace('export', 'exporti')) == set()
+    assert script('links').shown('#| label: fig-x\nplot()') == {'fig-x'}
+
 def test_symbols_behind_parameters_are_mended(planted, tmp_path, script):
     "Inside a signature nbdev shows a link as raw text: `--mend` takes the backticks off library symbols there, and nowhere else."
     code = '#| export\ndef g(\n    a=1, # as in `f`, `C.hidden` or `other`\n): # what `f()` gives\n    "See `f`."\n    return a # `f`\n'
