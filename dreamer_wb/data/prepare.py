@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESAMPLE', 'SETTINGS', 'DRAWING', 'resize_image', 'resize_mask', 'PrepareConfig', 'episode_names', 'prepare']
 
-# %% ../../nbs/13_data.prepare.ipynb #21242829
+# %% ../../nbs/13_data.prepare.ipynb #336ebd0f
 import hashlib
 import os
 import shutil
@@ -21,7 +21,7 @@ from ..core.config import at_least, choice
 from ..core.runs import UserError, progress, read_json, write_error, write_json
 from .episodes import read_episode, write_episode
 from .waterbirds import (LAYOUT_FILES, SPLITS, URL, download_waterbirds, mask_box, read_image, read_mask,
-                                         read_table, relative_path, write_table)
+                                        read_table, relative_path, write_table)
 
 # %% ../../nbs/13_data.prepare.ipynb #56cd4fb8
 RESAMPLE = ('bicubic', 'box', 'bilinear', 'lanczos')
