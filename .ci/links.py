@@ -100,7 +100,7 @@ def exported(source):
 def shown(source):
     "Anchors of what nbdev shows for a code cell: its exported symbols, and what it calls `show_doc` on."
     names = {patched_name(n, as_shown=True).lower() for n in exported(source) if not n.name.startswith('_') or n.name.startswith('__')}
-    names |= {word.split()[1] for word in flags(source) if word.startswith('label:')}
+    names |= {word.partition(':')[2].strip() for word in flags(source) if word.startswith('label:')}
     return names | {name.lower() for name in re.findall(r'\bshow_doc\(\s*([\w.]+)', source)}
 
 
