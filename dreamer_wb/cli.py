@@ -16,47 +16,48 @@ from typing import Any, Optional
 # %% ../nbs/80_cli.ipynb #e8fea839
 from .core.config import CONFIGS, UserError, check_values, compose, expand, leaves, presets, register
 
-# %% ../nbs/80_cli.ipynb #1678144f
+# %% ../nbs/80_cli.ipynb #73fed559
 @dataclass
 class Command:
     "A sub-command: where its schema and its function live, and what to say about it."
     name: str # what is typed
-    module: str # module of the package that does the work
-    schema: str # dataclass in that module with the keys it reads
-    function: str # function in that module that takes one config
+    schema: str # dataclass with the keys it reads, as `module:name` inside the package
+    function: str # function of one config that does the work, likewise
     title: str # one line
     about: str # a paragraph
     examples: tuple # lines to copy
     group: Optional[str] = None # folder of presets, chosen with `<group>=`
     after: str = '' # printed at the end; `{result}` is what the function returned
 
-    def load(self) -> tuple: # (schema, function)
-        "Import what the command needs."
-        module = import_module(self.module)
-        return getattr(module, self.schema), getattr(module, self.function)
+    def load(self,
+        which:str, # 'schema' or 'function'
+    ) -> Any: # the dataclass or the function
+        "Import the schema or the function, and no more than that."
+        module, _, name = getattr(self, which).partition(':')
+        return getattr(import_module(f'dreamer_wb.{module}'), name)
 
-# %% ../nbs/80_cli.ipynb #9d5e6493
+# %% ../nbs/80_cli.ipynb #6d5c8e4e
 COMMANDS = {c.name: c for c in (
-    Command('demo', 'dreamer_wb.evaluation.demo', 'DemoConfig', 'demo', 'the whole path on built-in pictures, ending in a report',
+    Command('demo', 'evaluation.demo:DemoConfig', 'evaluation.demo:demo', 'the whole path on built-in pictures, ending in a report',
             'Draws synthetic Waterbirds, pre-trains a world model on them, classifies from its latents and with the baselines, and writes a report. '
             'A few minutes on two CPU cores. Interrupted, the same command goes on where it was.',
             ('dreamer-wb demo', 'dreamer-wb demo seed=1 images=3000', 'dreamer-wb demo train.dynamics.latent=categorical name=categorical'),
             after='report: {result}'),
-    Command('prepare', 'dreamer_wb.data.prepare', 'PrepareConfig', 'prepare', 'images -> episodes',
+    Command('prepare', 'data.prepare:PrepareConfig', 'data.prepare:prepare', 'images -> episodes',
             'Reads Waterbirds (the public release, WILDS\'s folder, train/val/test folders with class.txt, or one table) and writes one .npz episode per image.',
             ('dreamer-wb prepare data_root=waterbirds/raw out_dir=datasets/waterbirds_episodes size=64',
              'dreamer-wb prepare data_root=waterbirds download=true out_dir=datasets/waterbirds_episodes size=128',
              'dreamer-wb prepare source=synthetic out_dir=datasets/synthetic size=64')),
-    Command('train', 'dreamer_wb.dreamer.world_model', 'TrainConfig', 'train_world_model', 'episodes -> world model',
+    Command('train', 'core.config:TrainConfig', 'dreamer.world_model:train_world_model', 'episodes -> world model',
             'Pre-trains a Dreamer world model. Everything is written into runs/<experiment>/<name>; with the same name it goes on where it was, bit for bit.',
             ('dreamer-wb train experiment=waterbirds_minimal data_dir=datasets/waterbirds_episodes',
              'dreamer-wb train experiment=my.yaml data_dir=datasets/waterbirds_episodes name=first loop.steps=5000',
              'dreamer-wb train experiment=demo data_dir=datasets/synthetic dynamics.free_nats=0,1,3 seed=0,1,2 -m'),
             group='experiment', after='run: {result.path}\nnext: dreamer-wb classify run={result.path}'),
-    Command('classify', 'dreamer_wb.classifier.compare', 'ClassifyConfig', 'classify', 'world model -> latents -> classifiers, beside the baselines',
+    Command('classify', 'classifier.compare:ClassifyConfig', 'classifier.compare:classify', 'world model -> latents -> classifiers, beside the baselines',
             'Extracts the latents once, trains heads on them and the baselines on the same data (ERM, group-balanced, GroupDRO, DFR), and writes one table with accuracies per group.',
             ('dreamer-wb classify run=runs/waterbirds_minimal/first', 'dreamer-wb classify run=runs/demo/seed0 models=[latent,pca] methods=[erm,dfr] seeds=5')),
-    Command('report', 'dreamer_wb.evaluation.report', 'ReportConfig', 'report', 'run folder -> report.html, report.md, report.json',
+    Command('report', 'evaluation.report:ReportConfig', 'evaluation.report:report', 'run folder -> report.html, report.md, report.json',
             'Gathers pictures, tables, configuration, versions and times of a run into one page that needs no other file.',
             ('dreamer-wb report run=runs/waterbirds_minimal/first',), after='report: {result}'),
 )}
@@ -77,14 +78,14 @@ def overview() -> str: # text of `dreamer-wb --help`
     return '\n'.join(['dreamer-wb: what does a world model\'s latent know?', '', 'usage: dreamer-wb COMMAND [key=value ...]', '', *lines, '',
                       'dreamer-wb COMMAND --help explains one command; begin with: dreamer-wb demo'])
 
-# %% ../nbs/80_cli.ipynb #12fa3e86
+# %% ../nbs/80_cli.ipynb #17d14c4e
 def command_help(
     command:Command, # which command
 ) -> str: # text of `dreamer-wb COMMAND --help`
     "Purpose, examples, presets and every key of a command."
     import textwrap
-    schema, _ = command.load()
-    others = {c.load()[0]: c.name for c in COMMANDS.values() if c.name != command.name} if command.name == 'demo' else {}
+    schema = command.load('schema')
+    others = {c.load('schema'): c.name for c in COMMANDS.values() if c.name != command.name} if command.name == 'demo' else {}
     whole = {f.name: others[type(d)] for f in dataclasses.fields(schema) if type(d := _field_default(f)) in others}
     lines = [f'dreamer-wb {command.name}: {command.title}', '', textwrap.fill(command.about, 100), '', 'examples:', *(f'  {e}' for e in command.examples)]
     if command.group: lines += ['', f'presets ({command.group}=NAME, or a YAML/JSON file of your own):', *(f'  {k:20} {v}' for k, v in presets(command.group).items())]
@@ -102,7 +103,7 @@ def _field_default(
     "Default of a field."
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
-# %% ../nbs/80_cli.ipynb #7058885b
+# %% ../nbs/80_cli.ipynb #91fe869c
 def sweep(
     command:Command, # which command
     overrides:list, # `key=value` strings, some with several values
@@ -111,8 +112,9 @@ def sweep(
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
-    schema, function = command.load()
-    expanded, results, failures = expand(schema, overrides, command.group, sweep=True), [], []
+    schema, results, failures = command.load('schema'), [], []
+    expanded = expand(schema, overrides, command.group, sweep=True)
+    function = command.load('function')
     def job(cfg):
         cfg = check_values(OmegaConf.to_object(cfg))
         if getattr(cfg, 'name', '') is None: cfg.name = HydraConfig.get().job.override_dirname.replace('/', '_')
@@ -127,7 +129,7 @@ def sweep(
     if failures: raise UserError(f'{len(failures)} of {len(failures) + len(results)} runs failed: {"; ".join(failures)}')
     return results
 
-# %% ../nbs/80_cli.ipynb #d25b1f73
+# %% ../nbs/80_cli.ipynb #7cfcdeb3
 def run_command(
     command:Command, # which command
     args:list, # what followed it on the command line
@@ -141,8 +143,8 @@ def run_command(
     overrides = [a for a in args if not a.startswith('-')]
     if len(overrides) < len(args): results = sweep(command, overrides)
     else:
-        schema, function = command.load()
-        results = [function(compose(schema, overrides, command.group))]
+        cfg = compose(command.load('schema'), overrides, command.group)
+        results = [command.load('function')(cfg)]
     if command.after:
         for result in results: print(command.after.format(result=result))
     return results
