@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DictLoss', 'Steps', 'learning_rate', 'param_groups', 'make_optimizer', 'DictLearner', 'Position', 'Anneal',
-           'use_bf16', 'Autocast', 'Clip', 'Record', 'CsvLog', 'TensorBoardLog', 'WandbLog', 'Bar', 'StopOnNan',
+           'use_bf16', 'Autocast', 'Record', 'Clip', 'CsvLog', 'TensorBoardLog', 'WandbLog', 'Bar', 'StopOnNan',
            'rng_state', 'set_rng_state', 'set_seed', 'SameNoise', 'callback_state', 'set_callback_state', 'Checkpoint',
-           'stop_signals', 'cpu_settings', 'make_sinks', 'make_learner', 'fit']
+           'stop_signals', 'cpu_settings', 'make_sinks', 'make_callbacks', 'make_learner', 'fit']
 
 # %% ../../nbs/02_core.learner.ipynb #cffb9949
 import csv
@@ -227,17 +227,7 @@ class Autocast(Callback):
         if self.context: self.context.__exit__(None, None, None)
         self.context = None
 
-# %% ../../nbs/02_core.learner.ipynb #06db860e
-class Clip(Callback):
-    "Scales the gradient down to a norm and records the norm, without waiting for the GPU."
-    order, run_valid = 20, False
-    def __init__(self,
-                 max_norm: float # of all gradients together
-                ):
-        self.max_norm = max_norm
-    def before_step(self): self.learn.log(grad_norm=nn.utils.clip_grad_norm_(self.learn.model.parameters(), self.max_norm))
-
-# %% ../../nbs/02_core.learner.ipynb #30fc91ee
+# %% ../../nbs/02_core.learner.ipynb #22618626
 class Record(Callback):
     "Collects scalars; writes a row every `log_every` steps and at every evaluation."
     order, name = 50, 'recorder'
@@ -246,8 +236,7 @@ class Record(Callback):
                  sinks: list = () # functions that take a row, a dict of numbers
                 ):
         self.log_every, self.sinks = log_every, list(sinks)
-        self.rows, self.window, self.valid, self.values = [], {}, {}, []
-        self.start, self.cpu_start = 0., 0.
+        self.rows, self.window, self.valid, self.values, self.checks = [], {}, {}, [], []
 
     def add(self,
             values: dict # {name: scalar}
@@ -259,7 +248,7 @@ class Record(Callback):
         self.start, self.cpu_start = time.time(), time.process_time()
         self.metric_names = ['epoch', 'train_loss', 'valid_loss', *(f'valid_{k}' for k in self.loss_func.scales)]
 
-# %% ../../nbs/02_core.learner.ipynb #f834f1f7
+# %% ../../nbs/02_core.learner.ipynb #425aca5c
 @patch
 def after_batch(self: Record):
     "Collect a step's losses and metrics; write a row when it is time."
@@ -273,6 +262,7 @@ def after_batch(self: Record):
     for k, v in values.items(): self.valid.setdefault(k, []).append(torch.as_tensor(v).detach().float()*n)
     self.valid.setdefault(None, []).append(n)
 
+# %% ../../nbs/02_core.learner.ipynb #9d655d75
 @patch
 def after_epoch(self: Record):
     "The last window of the epoch and the evaluation make one row."
@@ -282,15 +272,15 @@ def after_epoch(self: Record):
     self.valid, row = {}, self.rows[-1]
     self.values.append([row.get(k.replace('train_', ''), math.nan) for k in self.metric_names[1:]])
 
-# %% ../../nbs/02_core.learner.ipynb #20611b59
+# %% ../../nbs/02_core.learner.ipynb #1e8e9b22
 @patch
 def read(self: Record) -> dict: # {name: list of numbers}
-    "The window as numbers: all scalars are fetched from the device at once, and looked at for NaN."
+    "The window as numbers: all scalars are fetched from the device at once, and shown to the `checks`."
     tensors = [v for vs in self.window.values() for v in vs if isinstance(v, torch.Tensor)]
     if any(v.ndim or v.dtype != torch.float32 for v in tensors): tensors = [v.float().reshape(()) for v in tensors]
     numbers = iter(torch.stack(tensors).tolist() if tensors else [])
     self.window = {k: [next(numbers) if isinstance(v, torch.Tensor) else float(v) for v in vs] for k, vs in self.window.items()}
-    self.stop_on_nan.look(self.window)
+    for check in self.checks: check(self.window)
     return self.window
 
 @patch
@@ -310,6 +300,16 @@ def write(self: Record,
 def after_fit(self: Record):
     "What an early end left in the window."
     if self.window: self.write()
+
+# %% ../../nbs/02_core.learner.ipynb #06db860e
+class Clip(Callback):
+    "Scales the gradient down to a norm and records the norm, without waiting for the GPU."
+    order, run_valid = 20, False
+    def __init__(self,
+                 max_norm: float # of all gradients together
+                ):
+        self.max_norm = max_norm
+    def before_step(self): self.learn.log(grad_norm=nn.utils.clip_grad_norm_(self.learn.model.parameters(), self.max_norm))
 
 # %% ../../nbs/02_core.learner.ipynb #a346c833
 class CsvLog:
@@ -334,7 +334,7 @@ class CsvLog:
         if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/02_core.learner.ipynb #5e49579a
+# %% ../../nbs/02_core.learner.ipynb #a18dbb7c
 @patch
 def _rewrite(self: CsvLog):
     "The whole file anew, with the columns of all rows."
@@ -359,7 +359,8 @@ def keep(self: CsvLog,
 @patch
 def flush(self: CsvLog):
     "Force the rows to the disk, so that no checkpoint is ahead of them."
-    if self.file: os.fsync(self.file.fileno())
+    try: return self.file and os.fsync(self.file.fileno())
+    except OSError as e: raise write_error(e, self.path) from e
 
 # %% ../../nbs/02_core.learner.ipynb #0b721cf7
 class TensorBoardLog:
@@ -455,7 +456,7 @@ def tell(self: Bar,
     names = ['loss', *self.loss_func.scales] if len(self.loss_func.scales) > 1 else ['loss']
     self.bar.set_postfix_str(' '.join(f'{k} {row[k]:.3g}' for k in [*names, 'valid_loss'] if k in row))
 
-# %% ../../nbs/02_core.learner.ipynb #f63ba210
+# %% ../../nbs/02_core.learner.ipynb #d755d80b
 class StopOnNan(Callback):
     "Stops when a loss or the gradient is not finite, and keeps the batch that did it."
     order, run_valid = 30, False
@@ -464,6 +465,8 @@ class StopOnNan(Callback):
                  each_step: bool  # look at each step, or only when the record is read
                 ):
         self.path, self.each_step = path, each_step
+
+    def before_fit(self): self.recorder.checks = [self.look]
 
     def after_loss(self):
         learn = self.learn
@@ -538,12 +541,12 @@ class SameNoise(Callback):
         if self.state: set_rng_state(self.state)
         self.state = None
 
-# %% ../../nbs/02_core.learner.ipynb #87aca968
+# %% ../../nbs/02_core.learner.ipynb #033d0123
 def callback_state(cb: Callback # one that was passed to `fit`
                   ) -> dict:    # tensors and plain values
     "What a callback wants to find again after a resume."
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
-    return {k: v for k, v in vars(cb).items() if isinstance(v, (bool, int, float, str))}
+    return {k: getattr(cb, k) for k in ('best', 'wait', 'new_best') if k in vars(cb)}                  # fastai's trackers
 
 def set_callback_state(cb: Callback, # one that was passed to `fit`
                        state: dict   # from `callback_state`
@@ -580,7 +583,7 @@ class Checkpoint(Callback):
             self.finished = True
             self.save()
 
-# %% ../../nbs/02_core.learner.ipynb #8c2925e5
+# %% ../../nbs/02_core.learner.ipynb #a79d5f1b
 @patch
 def save(self: Checkpoint):
     "Write the file."
@@ -589,13 +592,13 @@ def save(self: Checkpoint):
     for sink in record.sinks:
         if hasattr(sink, 'flush'): sink.flush()
     now = dict(rows=len(record.rows), window=window, seconds=time.time() - record.start, cpu_seconds=time.process_time() - record.cpu_start)
-    state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=self.same_noise.state or rng_state(),
-                 record=now, callbacks=[callback_state(cb) for cb in self.kept])
+    state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=self.learn.same_noise.state or rng_state(),
+                 record=now, callbacks={cb.name: callback_state(cb) for cb in self.kept})
     meta = dict(step=self.train_iter, epochs=self.epochs, finished=self.finished, loop=self.loop)
     save_checkpoint(self.path, 'training', self.config, state, meta)
     self.saved = time.time()
 
-# %% ../../nbs/02_core.learner.ipynb #aa0aef17
+# %% ../../nbs/02_core.learner.ipynb #b6082e43
 @patch
 def load(self: Checkpoint):
     "Take everything back."
@@ -607,7 +610,7 @@ def load(self: Checkpoint):
         self.opt.opt.load_state_dict(state['opt'])
     except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(f'{self.path}: belongs to another model ({str(e).splitlines()[-1].strip()}); give another run name') from None
-    for cb, s in zip(self.kept, state['callbacks']): set_callback_state(cb, s)
+    for cb in self.kept: set_callback_state(cb, state['callbacks'].get(cb.name, {}))
     self.epochs, self.finished = meta['epochs'], meta['finished']
     self.learn.train_iter, self.learn.first_epoch = meta['step'], self.n_epoch if self.finished else self.epochs
     self.recorder.go_on(**state['record'])
@@ -668,24 +671,36 @@ def make_sinks(loop,       # a `LoopConfig`: `tensorboard`, `wandb`, `wandb_proj
     if loop.wandb: sinks.append(WandbLog(run, loop.wandb_project, title))
     return sinks
 
-# %% ../../nbs/02_core.learner.ipynb #5fb1e0e7
-def make_learner(model, batches, loop, run=None, valid=None, cbs=(), title='train', resume=True) -> DictLearner:
-    "The Learner that `fit` runs, with all its callbacks; same arguments."
-    device, cbs = next(model.parameters()).device, list(cbs)
-    every = min(loop.eval_every or loop.steps, loop.steps)
-    dls = DataLoaders(Steps(batches, ahead=device.type == 'cuda'), Steps(valid, 0, len(valid) if valid is not None else 0), device=device)
-    mine = [TrainEvalCallback(), Position(loop, every), StopOnNan(run and run.path/'nan_batch.npz', device.type == 'cpu'), SameNoise(),
-            Record(loop.log_every, make_sinks(loop, run, title) if run else []), Bar(title, loop)]
-    if loop.clip: mine.append(Clip(loop.clip))
-    if use_bf16(loop.amp, device, loop.threads or torch.get_num_threads()): mine.append(Autocast(device))
+# %% ../../nbs/02_core.learner.ipynb #b0adc127
+def make_callbacks(loop,                 # a `LoopConfig`
+                   run,                  # a `Run` or None
+                   device: torch.device, # of the model
+                   cbs: list,            # the caller's own callbacks
+                   title: str,           # what is trained
+                   resume: bool          # go on from a checkpoint
+                  ) -> list:             # of callbacks
+    "All that `fit` adds to the bare Learner, and `cbs`."
+    out = [TrainEvalCallback(), Position(loop, loop.eval_every or loop.steps), StopOnNan(run and run.path/'nan_batch.npz', device.type == 'cpu'),
+           SameNoise(), Record(loop.log_every, make_sinks(loop, run, title) if run else []), Bar(title, loop)]
+    if loop.clip: out.append(Clip(loop.clip))
+    if use_bf16(loop.amp, device, loop.threads or torch.get_num_threads()): out.append(Autocast(device))
     file = 'last.ckpt' if title == 'train' else f'{title}.ckpt'
-    if run: mine.append(Checkpoint(run.checkpoints/file, run.config, loop, cbs, resume))
-    learn = DictLearner(dls, model, DictLoss(model.scales), OptimWrapper(opt=make_optimizer(model, loop)), lr=loop.lr, cbs=mine + cbs,
-                        path=run.path if run else '.', default_cbs=False, train_bn=False, wd_bn_bias=True)
-    learn.n_epoch = math.ceil(loop.steps/every)
+    if run: out.append(Checkpoint(run.checkpoints/file, run.config, loop, cbs, resume))
+    return [*out, *cbs]
+
+# %% ../../nbs/02_core.learner.ipynb #b6018006
+def make_learner(model: nn.Module, # as for `fit`, and so are the other arguments
+                 batches, loop, run=None, valid=None, cbs=(), title='train', resume=True) -> DictLearner:
+    "The Learner that `fit` runs."
+    device = next(model.parameters()).device
+    dls = DataLoaders(Steps(batches, ahead=device.type == 'cuda'), Steps(valid, 0, len(valid) if valid is not None else 0), device=device)
+    learn = DictLearner(dls, model, DictLoss(model.scales), OptimWrapper(opt=make_optimizer(model, loop)), lr=loop.lr,
+                        cbs=make_callbacks(loop, run, device, list(cbs), title, resume), path=run.path if run else '.',
+                        default_cbs=False, train_bn=False, wd_bn_bias=True)
+    learn.n_epoch = math.ceil(loop.steps/(loop.eval_every or loop.steps))
     return learn
 
-# %% ../../nbs/02_core.learner.ipynb #28e45ad4
+# %% ../../nbs/02_core.learner.ipynb #d3b455ef
 def fit(model: nn.Module,       # `forward(batch) -> (losses, metrics)`, and `scales`
         batches,                # `batches(step) -> dict of tensors`, a pure function of the step, or an object with that method
         loop,                   # a `LoopConfig`
@@ -698,7 +713,8 @@ def fit(model: nn.Module,       # `forward(batch) -> (losses, metrics)`, and `sc
     "Train `model`; raises `UserError` on NaN, on a full disk, and if the checkpoint belongs to another training."
     learn = make_learner(model, batches, loop, run, valid, cbs, title, resume)
     try:
-        with cpu_settings(loop.threads), stop_signals(getattr(learn, 'checkpoint', None)): learn.fit(learn.n_epoch)
+        checkpoint = next((cb for cb in learn.cbs if isinstance(cb, Checkpoint)), None)
+        with cpu_settings(loop.threads), stop_signals(checkpoint): learn.fit(learn.n_epoch)
     finally:
         for thing in [*learn.cbs, *learn.recorder.sinks]:
             if hasattr(type(thing), 'close'): thing.close()
