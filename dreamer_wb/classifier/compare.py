@@ -26,14 +26,14 @@ from .metrics import GROUPS, group_counts, group_metrics, seed_interval, wilson
 from .methods import METHODS, RULES, Trained, get_method, predict, refit_last, train_classifier
 from .models import Standardize, linear_head, mlp_head, resnet50, small_cnn
 
-# %% ../../nbs/34_classifier.compare.ipynb #b0ac009c
+# %% ../../nbs/34_classifier.compare.ipynb #842bff5a
 MODELS = {'dreamer_linear': 'Dreamer latents, linear', 'dreamer_mlp': 'Dreamer latents, two-layer', 'pca_linear': 'PCA of pixels, linear',
           'pca_mlp': 'PCA of pixels, two-layer', 'small_cnn': 'small CNN', 'resnet50': 'ResNet-50'}
 
 @dataclass
 class HeadFit:
     "Training of heads on latents and on principal components."
-    epochs: float = at_least(40, 0) # passes over the training set
+    steps: int = at_least(600, 1) # updates, however many rows there are
     batch_size: int = at_least(512, 1) # rows in a batch
     lr: float = at_least(3e-3, 0) # peak learning rate of AdamW, one cycle
     weight_decay: float = at_least(0.01, 0) # decoupled weight decay
@@ -105,7 +105,7 @@ def check_classify(
     if not cfg.run: raise UserError('run: not given; give the folder of a trained world model, for example run=runs/waterbirds_minimal/2026-01-31_12-00-00')
     return check_values(cfg)
 
-# %% ../../nbs/34_classifier.compare.ipynb #9bd50fc0
+# %% ../../nbs/34_classifier.compare.ipynb #ed74d4c7
 def open_splits(
     cfg:ClassifyConfig, # `data_dir`
     run:Run, # whose config names the episodes if `data_dir` does not
@@ -119,7 +119,8 @@ def open_splits(
         store = out[split] = EpisodeStore(folder)
         if (store.label < 0).any(): raise UserError(f'{folder}: {int((store.label < 0).sum())} episodes have no label; classifiers need one for each image')
         if len(np.unique(store.label)) < 2: raise UserError(f'{folder}: all labels are {store.label[0]}; landbirds (0) and waterbirds (1) are needed')
-    for m in {*cfg.methods, *cfg.resnet.methods} - {'erm'}:
+    for m in dict.fromkeys([*cfg.methods, *cfg.resnet.methods]):
+        if get_method(m).groups == 'none': continue
         split = 'val' if get_method(m).groups == 'val' else 'train'
         n = group_counts(out[split].group)
         if not n.all(): raise UserError(f'{out[split].folder}: {m} needs images of all four groups there, found {dict(zip(GROUPS, n.tolist()))}; use methods=[erm]')
@@ -225,32 +226,40 @@ def known(self:Bench, model, method, seed):
     except UserError: return None                                             # not there, or damaged: made again
     return cell['row'] if cell.get('key') == self.key(model, method, seed) else None
 
-# %% ../../nbs/34_classifier.compare.ipynb #d136ba82
+# %% ../../nbs/34_classifier.compare.ipynb #a3e51fdb
+@patch
+def kept(self:Bench,
+    net:nn.Module, # network of the right shape; takes the weights
+    name:str, # of the cell: model-method-seed
+    key:str, # what it must have been trained with
+): # `Trained`, or None
+    "The network kept beside a cell, if it is there and was trained with the same settings."
+    try:
+        found = load_checkpoint(self.folder/'cells'/f'{name}.ckpt', 'classifier')
+        if found['meta']['key'] != key: return None
+        net.load_state_dict(found['state'])
+    except (UserError, RuntimeError): return None                             # not there, or damaged: trained again
+    return Trained(net.eval(), **{k: found['meta'][k] for k in ('selection', 'step', 'history')})
+
+# %% ../../nbs/34_classifier.compare.ipynb #c889c10a
 @patch
 def train(self:Bench,
     model:str, # a key of `MODELS`
     method:str, # 'erm', 'group_balanced' or 'group_dro'
     seed:int, # of weights and data order
 ) -> tuple: # `Trained`, row's name
-    "Train one network, or read the kept one (ERM)."
+    "Train one network; ERM's is kept, and read if it is there."
     from dreamer_wb.dreamer.world_model import pick_device
-    data, cell, key = self.data(model), f'{model}-{method}-{seed}', self.key(model, method, seed)
+    data, cell, key, device = self.data(model), f'{model}-{method}-{seed}', self.key(model, method, seed), pick_device(self.cfg.device)
     net, name, how = self.network(model, seed, data)
-    kept = self.folder/'cells'/f'{cell}.ckpt'
-    try:
-        found = load_checkpoint(kept, 'classifier')
-        if found['meta']['key'] == key:
-            net.load_state_dict(found['state'])
-            return Trained(net.eval(), **{k: found['meta'][k] for k in ('selection', 'step', 'history')}), found['meta']['name']
-    except UserError: pass                                                    # not there, or damaged: trained again
-    images = self.files.get(model.split('_')[0]) is None
-    run, title = Run(self.folder, self.config) if images else None, f'{cell}-{key[:6]}'
-    done = train_classifier(net.to(pick_device(self.cfg.device)), data['train'], data['val'], method, self.cfg.selection, seed,
-                            adjustment=self.cfg.adjustment, run=run, title=title, threads=self.cfg.threads, **how)
+    if done := self.kept(net.to(device), cell, key): return done, name
+    run, title = Run(self.folder, self.config) if data is self.stores else None, f'{cell}-{key[:6]}'
+    done = train_classifier(net, data['train'], data['val'], method, self.cfg.selection, seed, adjustment=self.cfg.adjustment,
+                            run=run, title=title, threads=self.cfg.threads, **how)
     if method == 'erm':
         meta = dict(key=key, model=model, name=name, seed=seed, selection=done.selection, step=done.step, history=done.history)
-        save_checkpoint(kept, 'classifier', to_dict(self.cfg), done.net.state_dict(), meta)
-    if images: (run.checkpoints/f'{title}.ckpt').unlink(missing_ok=True)
+        save_checkpoint(self.folder/'cells'/f'{cell}.ckpt', 'classifier', to_dict(self.cfg), net.state_dict(), meta)
+    if run: (run.checkpoints/f'{title}.ckpt').unlink(missing_ok=True)
     return done, name
 
 # %% ../../nbs/34_classifier.compare.ipynb #a5469a16
@@ -273,7 +282,7 @@ def cell(self:Bench,
     write_json(self.folder/'cells'/f'{model}-{method}-{seed}.json', dict(key=self.key(model, method, seed), row=row))
     return self.known(model, method, seed)
 
-# %% ../../nbs/34_classifier.compare.ipynb #b5271ea5
+# %% ../../nbs/34_classifier.compare.ipynb #8b17e901
 MEASURES = ('acc_mean', 'acc_adj', 'acc_group_mean', 'acc_worst')
 
 def average_rows(
@@ -281,24 +290,21 @@ def average_rows(
 ): # DataFrame, one row per model and method
     "Means over seeds with intervals."
     import pandas as pd
-    out = []
-    for (model, method), cells in rows.groupby(['model', 'method'], sort=False):
-        first, n = cells.iloc[0], len(cells)
-        row = dict(model=model, name=first['name'], method=method, seeds=n, groups=first['groups'], selection=first['selection'])
-        for m in MEASURES:
-            row[m] = cells[m].mean()
-            row[f'{m}_low'], row[f'{m}_high'] = seed_interval(cells[m])
-        acc = {g: cells[f'acc_{g}'].astype(float).mean() for g in GROUPS}
-        row['worst_group'] = min(acc, key=lambda g: math.inf if math.isnan(acc[g]) else acc[g])
-        row['interval'] = f'Student, {n} seeds' if n > 2 else 'Wilson, worst group'
-        for g, a in acc.items():
-            k = int(first[f'n_{g}'])
-            row.update({f'acc_{g}': a, f'n_{g}': k, **dict(zip((f'low_{g}', f'high_{g}'), wilson(a, k)))})
-        if n < 3: row['acc_worst_low'], row['acc_worst_high'] = (row[f'{e}_{row["worst_group"]}'] for e in ('low', 'high'))
-        row.update(macro_f1=cells['macro_f1'].mean(), auroc=cells['auroc'].astype(float).mean(), confusion=np.sum(cells['confusion'].tolist(), 0).tolist(),
-                   one_class=bool(cells['one_class'].any()), cpu_seconds=cells['cpu_seconds'].mean())
-        out.append(row)
-    return pd.DataFrame(out)
+    groups = rows.groupby(['model', 'method'], sort=False)
+    return pd.DataFrame([_mean_row(cells) for _, cells in groups])
+
+def _mean_row(cells):
+    "The cells of one model and method as one row."
+    first, n = cells.iloc[0], len(cells)
+    row = {k: first[k] for k in ('model', 'name', 'method', 'groups', 'selection')} | dict(seeds=n)
+    for m in MEASURES: row |= {m: cells[m].astype(float).mean(), **dict(zip((f'{m}_low', f'{m}_high'), seed_interval(cells[m].astype(float))))}
+    acc = {g: cells[f'acc_{g}'].astype(float).mean() for g in GROUPS}
+    for g, a in acc.items(): row |= {f'acc_{g}': a, f'n_{g}': int(first[f'n_{g}']), **dict(zip((f'low_{g}', f'high_{g}'), wilson(a, first[f'n_{g}'])))}
+    worst = min(acc, key=lambda g: math.inf if math.isnan(acc[g]) else acc[g])
+    row |= dict(worst_group=worst, interval=f'Student, {n} seeds' if n > 2 else 'Wilson, worst group')
+    if n < 3: row |= dict(acc_worst_low=row[f'low_{worst}'], acc_worst_high=row[f'high_{worst}'])
+    return row | dict(macro_f1=cells['macro_f1'].mean(), auroc=cells['auroc'].astype(float).mean(), confusion=np.sum(cells['confusion'].tolist(), 0).tolist(),
+                      one_class=bool(cells['one_class'].any()), cpu_seconds=cells['cpu_seconds'].mean())
 
 # %% ../../nbs/34_classifier.compare.ipynb #7f8b96f1
 def table_for_people(
@@ -331,7 +337,7 @@ def to_markdown(
     def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
     return '\n'.join([line(df.columns), '|' + ' --- |'*len(df.columns), *(line(r) for r in df.itertuples(index=False))])
 
-# %% ../../nbs/34_classifier.compare.ipynb #0883d635
+# %% ../../nbs/34_classifier.compare.ipynb #4857242b
 GROUP_COLOURS = dict(zip(GROUPS, ('#8c6d31', '#e6a15a', '#d62778', '#1f77b4')))
 
 def _bars(ax, row, cells):
@@ -345,6 +351,7 @@ def _bars(ax, row, cells):
     ax.set(xlim=(-.6, 3.6), ylim=(0, 105), xticks=range(4), xticklabels=list(GROUPS), yticks=(0, 50, 100))
     ax.tick_params(labelsize=7, length=2); ax.spines[['top', 'right']].set_visible(False); ax.grid(axis='y', color='#dddddd', lw=.6); ax.set_axisbelow(True)
 
+# %% ../../nbs/34_classifier.compare.ipynb #f9ee7ca0
 def plot_groups(
     table, # DataFrame from `average_rows`
     rows=None, # DataFrame of cells, for a dot per seed
@@ -379,7 +386,7 @@ def _chain_rows(bench, model, seed):
         rows = list(_chain(bench, model, seed))
     return rows, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
 
-# %% ../../nbs/34_classifier.compare.ipynb #d72c743e
+# %% ../../nbs/34_classifier.compare.ipynb #bc1c8502
 def _in_processes(bench, chains, bar):
     "All chains in several processes; the first error stops the others."
     import multiprocessing as mp
@@ -397,6 +404,7 @@ def _in_processes(bench, chains, bar):
     finally: pool.shutdown(wait=True, cancel_futures=True)
     return rows
 
+# %% ../../nbs/34_classifier.compare.ipynb #abd5fdbd
 def _all_rows(bench):
     "The rows of all cells, in the order of the config."
     cfg = bench.cfg
@@ -416,18 +424,21 @@ def _all_rows(bench):
     finally: bar.close()
     return [row for chain in chains for row in rows[chain]]
 
-# %% ../../nbs/34_classifier.compare.ipynb #29280a35
+# %% ../../nbs/34_classifier.compare.ipynb #5e2fa2e8
+def _maps(bench):
+    "Figures of the latents of test images, as many of each group; the maps are kept, UMAP takes its time."
+    test, points, rng = bench.data('dreamer')['test'], bench.cfg.map_points, np.random.default_rng(0)
+    pick = balanced_draw(test.group, rng, points//4) if group_counts(test.group).all() else rng.permutation(len(test))[:points]
+    source, made = Path(bench.files['dreamer']['test']), {}
+    for kind in bench.cfg.maps:
+        xy = keep_rows(source.with_name(f'{kind}_{len(pick)}_{source.name}'), len(pick), lambda: embed_2d(test.x[pick], kind))
+        made[f'map_{kind}'] = plot_embedding(xy, test.label[pick], test.place[pick], f'{kind.upper()} of the latents of {len(pick)} test images')
+    return made
+
 def _pictures(bench, table, rows, figures):
     "Write the figures; returns their names."
     import matplotlib.pyplot as plt
-    made = {'groups': plot_groups(table, rows)}
-    if 'dreamer' in bench.files:
-        test = bench.data('dreamer')['test']
-        known = (test.group >= 0).all() and group_counts(test.group).all()
-        rng = np.random.default_rng(0)
-        pick = balanced_draw(test.group, rng, bench.cfg.map_points//4) if known else rng.permutation(len(test))[:bench.cfg.map_points]
-        for kind in bench.cfg.maps:
-            made[f'map_{kind}'] = plot_embedding(embed_2d(test.x[pick], kind), test.label[pick], test.place[pick], f'{kind.upper()} of the latents of {len(pick)} test images')
+    made = {'groups': plot_groups(table, rows), **(_maps(bench) if 'dreamer' in bench.files else {})}
     for name, fig in made.items():
         with atomic_write(figures/f'{name}.png') as f: fig.savefig(f, dpi=130, format='png')
         plt.close(fig)

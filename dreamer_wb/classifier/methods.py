@@ -92,32 +92,35 @@ class Classifier(nn.Module):
         if self.robust is not None: loss = self.robust(loss, batch['group'])
         return {'ce': loss[:, None]}, {'acc': acc}
 
-# %% ../../nbs/32_classifier.methods.ipynb #35c38a83
+# %% ../../nbs/32_classifier.methods.ipynb #8f99b2ea
 @torch.no_grad()
-def _outputs(net, data, batch_size):
-    "Outputs of a network for all rows, (N, ...) tensor."
-    device = next((p.device for p in net.parameters()), 'cpu')
-    training, key = net.training, data_key(data)
-    batches = evaluation_batches(data, batch_size)
+def _outputs(net, data, batch_size=256, amp='off'):
+    "Outputs of a network for all rows, (N, ...) float tensor."
+    from dreamer_wb.core.learner import use_bf16
+    device = next((p.device for p in net.parameters()), torch.device('cpu'))
+    training, key, batches = net.training, data_key(data), evaluation_batches(data, batch_size)
     net.eval()
-    try: return torch.cat([net(batches(i)[key].to(device)).float().cpu() for i in range(len(batches))])
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(amp, device)):
+            return torch.cat([net(batches(i)[key].to(device)).float().cpu() for i in range(len(batches))])
     finally: net.train(training)
 
+# %% ../../nbs/32_classifier.methods.ipynb #a8a396c0
 def predict(
     net:nn.Module, # inputs -> (B, 2) logits
     data, # `Features` or `EpisodeStore`
     batch_size:int=256, # rows at a time
+    amp:str='off', # 'off': full precision; 'auto': bfloat16 where it is fast; 'bf16'
 ) -> np.ndarray: # (N, 2) probability of landbird and waterbird
     "Probabilities of the two classes for all rows."
-    return _outputs(net, data, batch_size).softmax(-1).numpy()
+    return _outputs(net, data, batch_size, amp).softmax(-1).numpy()
 
 def features_of(
     net:nn.Sequential, # network whose last layer is linear
     data, # `Features` or `EpisodeStore`
-    batch_size:int=256, # rows at a time
 ) -> np.ndarray: # (N, F)
     "What the last layer sees."
-    return _outputs(net[:-1], data, batch_size).flatten(1).numpy()
+    return _outputs(net[:-1], data).flatten(1).numpy()
 
 # %% ../../nbs/32_classifier.methods.ipynb #76ba29cc
 RULES = {'val worst group': 'needs val groups', 'val average': 'needs val labels', 'last': ''}
@@ -143,10 +146,11 @@ def val_score(
     acc = group_accuracy(label, prob.argmax(-1), group)
     return [float(np.nanmin(acc)), float(np.nanmean(acc))]
 
-# %% ../../nbs/32_classifier.methods.ipynb #b3015215
+# %% ../../nbs/32_classifier.methods.ipynb #81da7882
 def best_on_val(
     val, # `Features` or `EpisodeStore` of the validation set
     rule:str, # a key of `RULES`
+    amp:str='off', # precision of the looks, see `predict`
 ): # a fastai callback with `best` (state dict), `at` (step), `history` (one entry per evaluation)
     "Callback that keeps the weights which are best by `rule`."
     from fastai.callback.core import Callback
@@ -155,7 +159,7 @@ def best_on_val(
         def __init__(self): self.best, self.at, self.score, self.history = {}, 0, [], []
         def after_epoch(self):
             net, step = self.learn.model.net, self.learn.train_iter
-            prob = predict(net, val)
+            prob = predict(net, val, amp=amp)
             score = val_score(rule, val.label, prob, val.group)
             acc = group_accuracy(val.label, prob.argmax(-1), val.group)
             self.history.append(dict(step=step, score=score, **{f'acc_{g}': float(a) for g, a in zip(GROUPS, acc)}))
@@ -165,7 +169,7 @@ def best_on_val(
         def load_state_dict(self, state): vars(self).update(state)
     return BestOnVal()
 
-# %% ../../nbs/32_classifier.methods.ipynb #557915b2
+# %% ../../nbs/32_classifier.methods.ipynb #abe415f0
 @dataclass
 class Trained:
     "A trained network and how it was chosen."
@@ -180,14 +184,15 @@ def loop_for(
     epochs:float=20, # passes over them
     batch_size:int=128, # rows in a batch
     evals:int=20, # looks at the validation set
+    steps:int=0, # updates, in place of `epochs`
     **kwargs, # fields of `LoopConfig`
 ) -> LoopConfig:
-    "A loop of so many epochs."
-    steps = max(1, math.ceil(epochs*rows/min(batch_size, rows)))
+    "A loop of so many epochs, or steps."
+    steps = steps or max(1, math.ceil(epochs*rows/min(batch_size, rows)))
     defaults = dict(lr=2e-3, weight_decay=.01, schedule='onecycle', clip=0., tensorboard=False, progress=False)
     return LoopConfig(steps=steps, eval_every=math.ceil(steps/evals), **{**defaults, **kwargs})
 
-# %% ../../nbs/32_classifier.methods.ipynb #9f862721
+# %% ../../nbs/32_classifier.methods.ipynb #ba9af1d6
 def train_classifier(
     net:nn.Sequential, # network; trained in place
     train, # `Features` or `EpisodeStore` of the training set
@@ -203,14 +208,12 @@ def train_classifier(
 ) -> Trained:
     "Train a network by a method and keep the weights that the rule chooses on the validation set."
     from dreamer_wb.core.learner import fit, set_seed
-    how, base = get_method(method), 'erm' if get_method(method).refit else method
-    rule = selection_rule(selection, base)
-    weights = group_weights(train.group) if how.balanced else None
+    how, rule, loop = get_method(method), selection_rule(selection, method), loop_for(len(train), batch_size=batch_size, **loop)
     robust = GroupDRO(group_counts(train.group), adjustment=adjustment) if how.robust else None
-    model, keeper = Classifier(net, data_key(train), robust), best_on_val(val, rule)
-    model.to(next(net.parameters()).device)
+    model, keeper = Classifier(net, data_key(train), robust).to(next(net.parameters()).device), best_on_val(val, rule, loop.amp)
+    batches = training_batches(train, batch_size, seed, group_weights(train.group) if how.balanced else None)
     set_seed(seed)
-    fit(model, training_batches(train, batch_size, seed, weights), loop_for(len(train), batch_size=batch_size, **loop), run, cbs=[keeper], title=title)
+    fit(model, batches, loop, run, cbs=[keeper], title=title)
     net.load_state_dict(keeper.best)
     trained = Trained(net.eval(), f'{rule} ({RULES[rule]})' if RULES[rule] else rule, keeper.at, keeper.history)
     return refit_last(trained, train, val, how.refit, seed) if how.refit else trained
