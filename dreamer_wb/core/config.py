@@ -356,7 +356,7 @@ def register(
     store.store(name=name, node={'defaults': [f'{name}_schema', *([{group: None}] if group else []), '_self_']})
     return name
 
-# %% ../../nbs/00_core.config.ipynb #8b9126c7
+# %% ../../nbs/00_core.config.ipynb #d28037db
 def compose(
     schema:type, # dataclass of the command, e.g. `TrainConfig`
     overrides:List[str]=(), # `key=value` strings in Hydra's grammar; `experiment=` a preset or a file
@@ -364,15 +364,17 @@ def compose(
 ) -> Any: # an instance of `schema`
     "Compose a config as the command line does; raises `UserError` for unknown keys, presets, files and values."
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    expanded = expand(schema, list(overrides), group)
+    expanded, name = expand(schema, list(overrides), group), register(schema, group)
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None      # a sweep may be running
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base='1.3'):
-            cfg = hydra.compose(register(schema, group), expanded)
+        with hydra.initialize_config_dir(str(CONFIGS), version_base='1.3'): cfg = hydra.compose(name, expanded)
         return check_values(OmegaConf.to_object(cfg))
     except (HydraException, OmegaConfBaseException) as e:
         cause = e.__cause__ if isinstance(e.__cause__, OmegaConfBaseException) else e
         key = getattr(cause, 'full_key', None)
         raise UserError(f'{key + ": " if key else ""}{str(cause).splitlines()[0]}') from None
+    finally: GlobalHydra.instance().hydra = outer

@@ -5,27 +5,34 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'stage_configs', 'demo']
 
-# %% ../../nbs/71_evaluation.demo.ipynb #5a071f0b
+# %% ../../nbs/71_evaluation.demo.ipynb #d285901d
 import dataclasses
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
-# %% ../../nbs/71_evaluation.demo.ipynb #6846a049
+# %% ../../nbs/71_evaluation.demo.ipynb #46cf1378
 from ..classifier.compare import ClassifyConfig, classify
-from ..core.config import TrainConfig, at_least, compose, to_dict
+from ..core.config import TrainConfig, at_least, compose, from_dict, to_dict
 from ..core.runs import Run, write_json
 from ..data.prepare import PrepareConfig, prepare
 from ..dreamer.world_model import train_world_model
 from .report import ReportConfig, report
 
-# %% ../../nbs/71_evaluation.demo.ipynb #334fb442
+# %% ../../nbs/71_evaluation.demo.ipynb #71b36e2b
 @lru_cache
-def _preset() -> TrainConfig: # the preset `demo`
-    "What the demo trains unless told otherwise."
+def _train() -> TrainConfig: # the preset `demo`
+    "How the demo trains its world model unless told otherwise."
     return compose(TrainConfig, ['experiment=demo'])
 
+def _classify() -> ClassifyConfig: # one seed, a short ResNet-50 from scratch
+    "What the demo compares unless told otherwise."
+    resnet = dict(weights='none', epochs=3, evals=3, methods=['erm'])
+    return from_dict(ClassifyConfig, dict(seeds=[0], workers=2, resnet=resnet))
+
+# %% ../../nbs/71_evaluation.demo.ipynb #55060b87
 @dataclass
 class DemoConfig:
     "Everything that `dreamer-wb demo` reads."
@@ -34,8 +41,8 @@ class DemoConfig:
     seed: int = at_least(0, 0) # seed of pictures, weights, data order and noise
     name: Optional[str] = None # name of the run folder; default: seed<seed>
     runs_dir: str = 'runs' # folder of all runs
-    train: TrainConfig = field(default_factory=lambda: dataclasses.replace(_preset())) # keys of `dreamer-wb train`
-    classify: ClassifyConfig = field(default_factory=ClassifyConfig) # keys of `dreamer-wb classify`
+    train: TrainConfig = field(default_factory=lambda: deepcopy(_train())) # keys of `dreamer-wb train`
+    classify: ClassifyConfig = field(default_factory=_classify) # keys of `dreamer-wb classify`
 
 # %% ../../nbs/71_evaluation.demo.ipynb #a6e2b93f
 def stage_configs(
