@@ -70,7 +70,7 @@ class Posterior(nn.Module):
     def forward(self, deter, embedded): # (B, D), (B, n) -> (B, n_out)
         return self.rest(self.deter(deter) + embedded)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #64c3c630
+# %% ../../nbs/22_dreamer.rssm.ipynb #bd379058
 class RSSM(nn.Module):
     "Recurrent state-space model with a Gaussian or a categorical latent."
     def __init__(self,
@@ -86,6 +86,7 @@ class RSSM(nn.Module):
         n_raw = 2 * cfg.stoch if self.gaussian else self.n_stoch                 # numbers that describe q or p
         read = lambda n_in: nn.Sequential(nn.Linear(n_in, n), vector_norm(cfg.norm, n), activation(cfg.act)).apply(init_weights)
         self.in_deter, self.in_stoch, self.in_act = read(cfg.deter), read(self.n_stoch), read(n_action)
+        for part in (self.in_deter, self.in_stoch, self.in_act): nn.init.normal_(part[0].bias, std=.5)
         self.cell = BlockGRU(cfg.deter, 2 * n, n, cfg.blocks, cfg.norm, cfg.act)
         self.prior = mlp(cfg.deter, cfg.img_layers, n, n_raw, cfg.norm, cfg.act)
         self.posterior = Posterior(cfg.deter, n_embed, cfg.obs_layers, n, n_raw, cfg.norm, cfg.act)

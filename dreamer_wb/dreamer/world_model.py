@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DYNAMICS', 'Latent', 'LatentEncoder', 'read_images', 'LatentDecoder', 'DreamerWorldModel', 'psnr', 'chroma', 'spread',
-           'image_report', 'image_rows', 'plot_reconstructions', 'open_stores', 'pick_device', 'batches_for',
-           'save_pictures', 'train_world_model', 'picture_callback']
+           'image_report', 'image_rows', 'show_picture', 'plot_reconstructions', 'open_stores', 'pick_device',
+           'batches_for', 'save_pictures', 'train_world_model', 'picture_callback', 'open_loop', 'plot_open_loop']
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #f0e2b82c
 import dataclasses
@@ -249,19 +249,28 @@ def image_rows(
     picture = torch.cat([torch.cat(list(pad(r)), -1) for r in rows], 1)                    # (3, rows, columns)
     return picture[:, :picture.shape[1] - gap, :picture.shape[2] - gap].permute(1, 2, 0).contiguous().numpy()
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #d53c738b
-def plot_reconstructions(
-    obs: Tensor,     # (n, 3, H, W) uint8
-    recon: Tensor,   # (n, 3, H, W) float in [-0.5, 0.5]
-    title: str = '', # above the picture
-):                   # matplotlib Figure
-    "Images above their reconstructions."
+# %% ../../nbs/23_dreamer.world_model.ipynb #cf4ffa24
+def show_picture(
+    picture: np.ndarray, # (height, width, 3) uint8
+    title: str = '',     # above it
+):                       # matplotlib Figure
+    "A picture at its own resolution, without axes."
     import matplotlib.pyplot as plt
-    picture = image_rows(obs, recon)
-    fig, ax = plt.subplots(figsize=(len(obs) * .9, 2.2 if title else 1.9), constrained_layout=True)
-    ax.imshow(picture); ax.set(title=title, xticks=[], yticks=[picture.shape[0] * .25, picture.shape[0] * .75], yticklabels=['image', 'decoded'])
-    ax.spines[:].set_visible(False); ax.tick_params(length=0)
+    height, width = picture.shape[:2]
+    top = height + (18 if title else 0)
+    fig = plt.figure(figsize=(width / 50, top / 50), dpi=50)
+    ax = fig.add_axes([0, 0, 1, height / top])
+    ax.imshow(picture, interpolation='nearest', aspect='auto'); ax.axis('off')
+    ax.set_title(title, fontsize=18, pad=4)
     return fig
+
+def plot_reconstructions(
+    obs: Tensor,   # (n, 3, H, W) uint8
+    recon: Tensor, # (n, 3, H, W) float in [-0.5, 0.5]
+    title: str = 'images above, reconstructions below',
+):                 # matplotlib Figure
+    "Images above their reconstructions."
+    return show_picture(image_rows(obs, recon), title)
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #f48130fd
 def open_stores(
@@ -312,7 +321,7 @@ def save_pictures(
     world.train(training)
     with atomic_write(path) as f: Image.fromarray(image_rows(obs, recon)).save(f, 'PNG')
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #931b3f23
+# %% ../../nbs/23_dreamer.world_model.ipynb #43d5d817
 def train_world_model(
     cfg: TrainConfig, # everything that `dreamer-wb train` reads
 ) -> Run: # the run, finished
@@ -334,6 +343,7 @@ def train_world_model(
         facts.update(psnr=report['psnr'])
     return run
 
+# %% ../../nbs/23_dreamer.world_model.ipynb #cfde2995
 def picture_callback(
     store,   # `EpisodeStore`
     figures, # folder for the pictures
@@ -343,3 +353,26 @@ def picture_callback(
     class Pictures(Callback):
         def after_epoch(self): save_pictures(self.model, store, Path(figures) / f'reconstructions_{self.train_iter:06d}.png')
     return Pictures()
+
+# %% ../../nbs/23_dreamer.world_model.ipynb #16093a78
+@torch.no_grad()
+def open_loop(
+    world: DreamerWorldModel, # any world model; `eval()` for the most probable future
+    batch: dict,              # `obs` (B, T, 3, H, W) uint8, `act` (B, T, A), `first` (B, T)
+    context: int = 3,         # steps that the model may see
+) -> Tensor: # (B, T, 3, H, W) float: reconstructions, then imagination
+    "See `context` steps, imagine the rest from the actions."
+    seen = world.encoder(*(batch[k][:, :context] for k in ('obs', 'act', 'first')))
+    return world.decoder(torch.cat([seen.feat, world.rollout(seen, batch['act'][:, context:])], 1))
+
+def plot_open_loop(
+    obs: Tensor,   # (B, T, 3, H, W) uint8, the truth
+    dream: Tensor, # (B, T, 3, H, W) float, from `open_loop`
+    context: int,  # steps that the model saw
+):                 # matplotlib Figure
+    "Truth above imagination, framed green where the model could see and red where it could not."
+    framed = float_to_image(dream).clone()
+    for steps, colour in ((slice(0, context), (60, 180, 75)), (slice(context, None), (220, 50, 47))):
+        edge = torch.tensor(colour, dtype=torch.uint8)[:, None]
+        for side in ((..., 0), (..., -1), (..., 0, slice(None)), (..., -1, slice(None))): framed[:, steps][side] = edge
+    return show_picture(image_rows(*(row for pair in zip(obs, framed) for row in pair)))
