@@ -261,12 +261,18 @@ def test_full_disk(tmp_path, monkeypatch, whole):
     same(whole, train(tmp_path, 'a', cbs=[At(-1, crash)]))
 
 
-def test_full_disk_for_the_record(tmp_path):
-    if not os.path.exists('/dev/full'): pytest.skip('no /dev/full')
-    log = learner.CsvLog(tmp_path/'metrics.csv')
+def test_full_disk_for_the_record(tmp_path, monkeypatch):
+    "A row that does not fit, and a new column for which the file cannot be rewritten: one line, and the rows before are there."
+    log, path = learner.CsvLog(tmp_path/'metrics.csv'), tmp_path/'metrics.csv'
     log(dict(step=1, loss=1.))
-    log.file = open('/dev/full', 'a')
-    with pytest.raises(UserError, match='metrics.csv: not written, the disk is full'): log(dict(step=2, loss=1.))
+    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        with pytest.raises(UserError, match='metrics.csv: not written, the disk is full'): log(dict(step=2, loss=1., valid_loss=1.))
+    assert list(read_metrics(path).step) == [1]
+    if os.path.exists('/dev/full'):
+        log.file, log.columns = open('/dev/full', 'a'), ['step', 'loss']
+        with pytest.raises(UserError, match='metrics.csv: not written, the disk is full'): log(dict(step=3, loss=1.))
 
 
 def test_checkpoint_of_another_training(tmp_path):

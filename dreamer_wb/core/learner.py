@@ -143,9 +143,10 @@ class DictLearner(Learner):
         device = self.dls.device
         return {k: v.to(device, non_blocking=True) for k, v in b[0].items()}, b[1]
 
-# %% ../../nbs/02_core.learner.ipynb #c66cb4b1
+# %% ../../nbs/02_core.learner.ipynb #deee1654
 _step_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch')
 
+# %% ../../nbs/02_core.learner.ipynb #6503dd85
 @patch
 def __call__(self: DictLearner,
              event_name: str # one of fastai's events, or a list of them
@@ -160,6 +161,7 @@ def __call__(self: DictLearner,
     for cb, method in self._listeners[event_name]:
         if cb.run and (cb.run_train if self.training else cb.run_valid): method()
 
+# %% ../../nbs/02_core.learner.ipynb #f2f0d702
 @patch
 def _do_fit(self: DictLearner):
     "The epochs from `first_epoch` on."
@@ -272,7 +274,7 @@ def after_epoch(self: Record):
     self.valid, row = {}, self.rows[-1]
     self.values.append([row.get(k.replace('train_', ''), math.nan) for k in self.metric_names[1:]])
 
-# %% ../../nbs/02_core.learner.ipynb #1e8e9b22
+# %% ../../nbs/02_core.learner.ipynb #bd664115
 @patch
 def read(self: Record) -> dict: # {name: list of numbers}
     "The window as numbers: all scalars are fetched from the device at once, and shown to the `checks`."
@@ -283,6 +285,7 @@ def read(self: Record) -> dict: # {name: list of numbers}
     for check in self.checks: check(self.window)
     return self.window
 
+# %% ../../nbs/02_core.learner.ipynb #9fa301de
 @patch
 def write(self: Record,
           more: dict = {} # further numbers
@@ -296,6 +299,7 @@ def write(self: Record,
     self.window = {}
     for sink in self.sinks: sink(row)
 
+# %% ../../nbs/02_core.learner.ipynb #c3b28796
 @patch
 def after_fit(self: Record):
     "What an early end left in the window."
@@ -334,7 +338,7 @@ class CsvLog:
         if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/02_core.learner.ipynb #a18dbb7c
+# %% ../../nbs/02_core.learner.ipynb #b11b3bc5
 @patch
 def _rewrite(self: CsvLog):
     "The whole file anew, with the columns of all rows."
@@ -346,6 +350,7 @@ def _rewrite(self: CsvLog):
         writer.writerows(self.rows)
     self.file = open(self.path, 'a', newline='', encoding='utf-8')
 
+# %% ../../nbs/02_core.learner.ipynb #27c6c0c7
 @patch
 def keep(self: CsvLog,
          n: int # rows
@@ -356,6 +361,7 @@ def keep(self: CsvLog,
     self.rows = [{k: v for k, v in row.items() if v} for row in rows]
     return [{k: int(v) if k == 'step' else float(v) for k, v in row.items()} for row in self.rows]
 
+# %% ../../nbs/02_core.learner.ipynb #f7b41362
 @patch
 def flush(self: CsvLog):
     "Force the rows to the disk, so that no checkpoint is ahead of them."
@@ -477,7 +483,7 @@ class StopOnNan(Callback):
         norms = self.learn.recorder.window.get('grad_norm')
         if self.each_step and norms and not math.isfinite(norms[-1].item()): self.stop(self.learn.train_iter, [])
 
-# %% ../../nbs/02_core.learner.ipynb #a9ec98a5
+# %% ../../nbs/02_core.learner.ipynb #b73b6afc
 @patch
 def look(self: StopOnNan,
          window: dict # {name: list of numbers}, the last of which belong to the last step
@@ -488,6 +494,7 @@ def look(self: StopOnNan,
         if all(math.isfinite(v[-back]) for v in watched): continue
         self.stop(self.train_iter - back, [k for k in self.loss_func.scales if not math.isfinite(window[k][-back])])
 
+# %% ../../nbs/02_core.learner.ipynb #1c8b4250
 @patch
 def stop(self: StopOnNan,
          step: int,       # of the batch
@@ -502,13 +509,14 @@ def stop(self: StopOnNan,
     raise UserError(f'step {step}: {", ".join(names) or "the gradient"} became NaN or infinite{kept}; '
                     'try a smaller loop.lr or loop.clip, loop.amp=off, or look for bad values in the data')
 
-# %% ../../nbs/02_core.learner.ipynb #a6ba71f6
+# %% ../../nbs/02_core.learner.ipynb #260031d7
 def rng_state() -> dict: # tensors and plain values
     "The state of the global generators of torch (CPU and CUDA), NumPy and Python."
     name, keys, *rest = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 numpy=[name, torch.from_numpy(keys.astype('int64')), *rest], python=random.getstate())
 
+# %% ../../nbs/02_core.learner.ipynb #1b267d57
 def set_rng_state(state: dict # from `rng_state`
                  ):
     "Put every generator back to where it was."
@@ -541,13 +549,14 @@ class SameNoise(Callback):
         if self.state: set_rng_state(self.state)
         self.state = None
 
-# %% ../../nbs/02_core.learner.ipynb #033d0123
+# %% ../../nbs/02_core.learner.ipynb #3b1f8984
 def callback_state(cb: Callback # one that was passed to `fit`
                   ) -> dict:    # tensors and plain values
     "What a callback wants to find again after a resume."
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     return {k: getattr(cb, k) for k in ('best', 'wait', 'new_best') if k in vars(cb)}                  # fastai's trackers
 
+# %% ../../nbs/02_core.learner.ipynb #4d6b571a
 def set_callback_state(cb: Callback, # one that was passed to `fit`
                        state: dict   # from `callback_state`
                       ):

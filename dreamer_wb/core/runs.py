@@ -39,10 +39,11 @@ class UserError(Exception):
 
     def __str__(self): return self.message
 
-# %% ../../nbs/01_core.runs.ipynb #64552b4c
+# %% ../../nbs/01_core.runs.ipynb #7695a288
 _no_room = dict(ENOSPC='the disk is full', EDQUOT='the disk quota is used up', EFBIG='the file would exceed the size limit')
 _no_room = {getattr(errno, k): v for k, v in _no_room.items() if hasattr(errno, k)}
 
+# %% ../../nbs/01_core.runs.ipynb #6be6fb7e
 def write_error(e: OSError,     # what the system said
                 path: str|Path  # the file that could not be written
                ) -> Exception:  # a `UserError` where the user can mend it, else `e` itself
@@ -98,7 +99,7 @@ def _finite(x):
     if isinstance(x, list): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
-# %% ../../nbs/01_core.runs.ipynb #496fb975
+# %% ../../nbs/01_core.runs.ipynb #139fbef6
 def write_json(path: str|Path, # the file
                data: object    # anything that `plain` understands
               ):
@@ -106,6 +107,7 @@ def write_json(path: str|Path, # the file
     text = json.dumps(_finite(plain(data)), indent=2, ensure_ascii=False)
     with atomic_write(path, 'w') as f: f.write(text + '\n')
 
+# %% ../../nbs/01_core.runs.ipynb #d61eabd1
 def read_json(path: str|Path # the file
              ) -> object:    # what it holds
     "Read JSON; `UserError` if the file is missing or damaged."
@@ -154,9 +156,10 @@ def progress(iterable,                 # what to go through, or the number of st
     if place == 'notebook': return _notebook_bar()(iterable, desc=desc, file=io.StringIO(), **kwargs)
     return tqdm(iterable, desc=desc, disable=not place, dynamic_ncols=True, **kwargs)
 
-# %% ../../nbs/01_core.runs.ipynb #d73f0720
+# %% ../../nbs/01_core.runs.ipynb #de59faf4
 FORMAT, VERSION = 'dreamer_wb checkpoint', 1
 
+# %% ../../nbs/01_core.runs.ipynb #47125137
 def save_checkpoint(path: str|Path,        # the file, usually in `run.checkpoints`
                     kind: str,             # what is stored, for example 'world_model'
                     config: dict,          # all that is needed to build it again
@@ -230,7 +233,7 @@ def _try_lock(file):
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN): raise                  # held; other errors: this disk has no locks
 
-# %% ../../nbs/01_core.runs.ipynb #2c990d84
+# %% ../../nbs/01_core.runs.ipynb #fe769d44
 @patch
 def lock(self: Run):
     "Hold this folder until the process ends or calls `close`; `UserError` if another process holds it."
@@ -244,6 +247,7 @@ def lock(self: Run):
     except OSError: raise UserError(f'{self.path}: another process is working on this run; wait for it, or give another name') from None
     _locks[key] = file
 
+# %% ../../nbs/01_core.runs.ipynb #99bed76e
 @patch
 def close(self: Run):
     "Let other processes have this folder."
@@ -289,9 +293,10 @@ def differences(a: dict,          # a config
         elif x != y: out[f'{prefix}{k}'] = (x, y)
     return out
 
-# %% ../../nbs/01_core.runs.ipynb #e4ba6e02
+# %% ../../nbs/01_core.runs.ipynb #3ca9e422
 HARMLESS = ('progress', 'tensorboard', 'wandb', 'wandb_project', 'checkpoint_seconds', 'runs_dir', 'name')
 
+# %% ../../nbs/01_core.runs.ipynb #c9b12c63
 def same_config(old: dict,  # the config that was saved
                 new: dict,  # the config of now
                 path: Path  # what was saved with it, for the message
@@ -366,17 +371,19 @@ def latest(cls: Run,
     if not files: raise UserError(f'{runs_dir}: holds no run of experiment {experiment}; train first, or check runs_dir')
     return cls.open(files[-1].parent)
 
-# %% ../../nbs/01_core.runs.ipynb #a565284e
+# %% ../../nbs/01_core.runs.ipynb #d617f4c8
 def _cpu_seconds():
     "CPU seconds of this process and of its finished children."
     return sum(os.times()[:4])
 
+# %% ../../nbs/01_core.runs.ipynb #c8304e7e
 @patch
 def stages(self: Run) -> dict: # {name: dict(done, seconds, cpu_seconds, and facts)}
     "What has been done so far, and how long it took."
     file = self.path/'stages.json'
     return read_json(file) if file.exists() else {}
 
+# %% ../../nbs/01_core.runs.ipynb #204d0c5c
 @patch
 def done(self: Run,
          name: str # of the stage
