@@ -55,15 +55,19 @@ def stage_configs(
     train = dataclasses.replace(cfg.train, experiment='demo', name=name, runs_dir=cfg.runs_dir, seed=cfg.seed, size=cfg.size, data_dir=prep.out_dir)
     return prep, train, dataclasses.replace(cfg.classify, run=str(folder)), ReportConfig(run=str(folder))
 
-# %% ../../nbs/71_evaluation.demo.ipynb #8eba88a4
+# %% ../../nbs/71_evaluation.demo.ipynb #db90fed4
 def demo(
     cfg:DemoConfig, # what the demo was told
 ) -> Path: # report.html
     "Pictures, world model, classifiers, report: the whole path in one call, going on where an earlier call stopped."
     prep, train, heads, page = stage_configs(cfg)
     run = Run.create(to_dict(train), 'demo', cfg.runs_dir, train.name)
+    print(f'{run.path}\n1 of 4: {cfg.images} pictures', flush=True)
     if not run.done('pictures'):
         with run.stage('pictures') as facts: facts['images'] = len(prepare(prep))
+    print('2 of 4: world model', flush=True)
     train_world_model(train)
+    print(f'3 of 4: classifiers ({", ".join(heads.models)})', flush=True)
     classify(heads)
+    print('4 of 4: report', flush=True)
     return report(page)
