@@ -61,7 +61,7 @@ def swap_bird(spec: Spec  # any image
     "The exact counterfactual of the bird."
     return replace(spec, label=1-spec.label)
 
-# %% ../../nbs/11_data.synthetic.ipynb #c706a373
+# %% ../../nbs/11_data.synthetic.ipynb #3a93b145
 @dataclass(frozen=True)
 class Look:
     "What makes the set easy or hard."
@@ -69,7 +69,7 @@ class Look:
     shape_noise: float = .08   # spread of the shapes within a species
     camouflage: float = 0.     # 0 own colours .. 1 nearly the olive of the woods and the lakes
     bg_mix: float = .4         # share of scenes that hold both water and wood
-    plumage_cue: float = .4    # share of birds in the colours of their species; the rest wear a coat that both families wear
+    plumage_cue: float = .35   # share of birds in the colours of their species; the rest wear a coat that both families wear
 
 # %% ../../nbs/11_data.synthetic.ipynb #e3fb4712
 LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=.8),
@@ -807,7 +807,7 @@ def _there(root, recipe):
     if not same: raise UserError(f'{root}: holds another set; choose another folder or remove this one')
     return True
 
-# %% ../../nbs/11_data.synthetic.ipynb #fad4244c
+# %% ../../nbs/11_data.synthetic.ipynb #baa012f2
 def make_waterbirds(root: str|Path,                         # the folder to write
                     n: int|tuple = 11788,                   # images in all (as many as the real set), or (train, val, test)
                     size: int = 64,                         # pixels, 64 .. 224
@@ -818,15 +818,14 @@ def make_waterbirds(root: str|Path,                         # the folder to writ
                     quality: int = 95,                      # of the jpg; colours are not subsampled
                     workers: int = 1                        # processes; 0: one per core
                    ) -> Path:                               # `root`
-    "Write a set in the public layout: `metadata.csv`, pictures in class folders, `segmentations/`, and `specs.csv`."
+    "Write a set in the public layout: `metadata.csv`, pictures in class folders, `segmentations/`; and `specs.csv`."
     root, look = Path(root), look_at(difficulty)
     if not 16 <= size <= 512: raise UserError(f'size={size}: give a size from 16 to 512 pixels')
     if kind not in ('jpg', 'png'): raise UserError(f'kind={kind}: give jpg or png')
     recipe = dict(version=VERSION, n=split_sizes(n), size=size, bias=bias, look=asdict(look), seed=seed, kind=kind, quality=quality)
     pairs = [(k, s) for k, specs in enumerate(sample_specs(n, bias, seed).values()) for s in specs]
     if _there(root, recipe): return root
-    for c in _classes.values():
-        for folder in (root/c, root/'segmentations'/c): folder.mkdir(parents=True, exist_ok=True)
+    for folder in [root/sub/c for sub in ('', 'segmentations') for c in _classes.values()]: folder.mkdir(parents=True, exist_ok=True)
     jobs = [(str(root), i, k, s, size, look, kind, quality) for i, (k, s) in enumerate(pairs, 1)]
     rows, facts = zip(*_map(_write, jobs, workers, 'synthetic Waterbirds'))
     _csv(root/'specs.csv', facts[0], [f.values() for f in facts])

@@ -26,6 +26,7 @@ from dreamer_wb.core.runs import write_json
 from dreamer_wb.data.synthetic import VERSION, look_at, render_many, sample_specs, swap_bird, twin
 
 OUT = Path(__file__).resolve().parent/'results'/'synthetic_bias.json'
+ROBUST = dict(adjustment=2., weight_decay=.1)  # GroupDRO needs more regularisation than ERM, as its authors found
 METHODS = 'erm', 'dfr', 'dfr_train', 'group_dro', 'twins'
 
 
@@ -64,10 +65,11 @@ def measure(net, data):
 
 
 def train(method, data, seed, args):
-    "A network and the epochs it took."
+    "A trained network."
     torch.manual_seed(seed)
     rows, epochs = (data.twins(), .6*args.epochs) if method == 'twins' else (data.train, args.epochs)
-    return train_classifier(small_cnn(args.size), rows, data.val, 'group_dro' if method == 'group_dro' else 'erm', seed=seed, epochs=epochs)
+    if method == 'group_dro': return train_classifier(small_cnn(args.size), rows, data.val, method, seed=seed, epochs=.5*epochs, **ROBUST)
+    return train_classifier(small_cnn(args.size), rows, data.val, 'erm', seed=seed, epochs=epochs)
 
 
 def one_seed(seed, done, args):
@@ -124,7 +126,7 @@ def main():
     args = p.parse_args()
     args.look = look_at(args.difficulty)
     torch.set_num_threads(1)
-    recipe = dict(drawing=VERSION, look=asdict(args.look), **{k: getattr(args, k) for k in ('n', 'size', 'bias', 'difficulty', 'epochs', 'edits')})
+    recipe = dict(drawing=VERSION, look=asdict(args.look), group_dro=dict(ROBUST, epochs=.5*args.epochs), twins=dict(epochs=.6*args.epochs), **{k: getattr(args, k) for k in ('n', 'size', 'bias', 'difficulty', 'epochs', 'edits')})
     recipe = json.loads(json.dumps(recipe))
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows = old['rows'] if old.get('recipe') == recipe else []
