@@ -113,8 +113,10 @@ def test_resume_settings(tmp_path, change):
 
 
 def test_evaluation_does_not_disturb(tmp_path, whole):
-    "Other evaluations, same weights; two evaluations of one model draw the same noise."
-    other = train(tmp_path, 'other', replace(LOOP, eval_every=5))
+    "Other evaluations, same weights, even if somebody draws pictures; two evaluations of one model draw the same noise."
+    class Pictures(Callback):
+        def after_validate(self): torch.rand(3), np.random.rand(3), random.random()
+    other = train(tmp_path, 'other', replace(LOOP, eval_every=5), cbs=[Pictures()])
     for x, y in zip(whole.model.state_dict().values(), other.model.state_dict().values()): assert torch.equal(x, y)
     frozen = train(tmp_path, 'frozen', replace(LOOP, eval_every=5, lr=0.), cbs=[Anneal(lambda model, pct: model.net[1].eval())])
     assert len(set(read_metrics(Path(frozen.path)/'metrics.csv').valid_fit.dropna())) == 1

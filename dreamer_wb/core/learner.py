@@ -534,10 +534,10 @@ def set_seed(seed: int # any integer
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
-# %% ../../nbs/02_core.learner.ipynb #01a4a500
+# %% ../../nbs/02_core.learner.ipynb #2fabcc3f
 class SameNoise(Callback):
     "Evaluates under a seed of its own."
-    order, state = -20, None
+    order, state = 99, None
     def before_validate(self):
         self.state = rng_state()
         set_seed(0)

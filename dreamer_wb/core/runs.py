@@ -293,16 +293,16 @@ def differences(a: dict,          # a config
         elif x != y: out[f'{prefix}{k}'] = (x, y)
     return out
 
-# %% ../../nbs/01_core.runs.ipynb #3ca9e422
-HARMLESS = ('progress', 'tensorboard', 'wandb', 'wandb_project', 'checkpoint_seconds', 'runs_dir', 'name')
+# %% ../../nbs/01_core.runs.ipynb #b91653f9
+HARMLESS = ('name', 'runs_dir', 'progress', *(f'loop.{k}' for k in 'progress tensorboard wandb wandb_project checkpoint_seconds'.split()))
 
-# %% ../../nbs/01_core.runs.ipynb #c9b12c63
+# %% ../../nbs/01_core.runs.ipynb #e17fc9ea
 def same_config(old: dict,  # the config that was saved
                 new: dict,  # the config of now
                 path: Path  # what was saved with it, for the message
                ):
     "`UserError` that names the keys that differ; `HARMLESS` ones, which cannot change a result, may."
-    diff = {k: v for k, v in differences(old, new).items() if k.split('.')[-1] not in HARMLESS}
+    diff = {k: v for k, v in differences(old, new).items() if k not in HARMLESS}
     if diff: raise UserError(f'{path}: was made with another config (' + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in diff.items())
                              + '); give another name, or the same values to go on')
 
