@@ -143,10 +143,9 @@ class DictLearner(Learner):
         device = self.dls.device
         return {k: v.to(device, non_blocking=True) for k, v in b[0].items()}, b[1]
 
-# %% ../../nbs/02_core.learner.ipynb #deee1654
+# %% ../../nbs/02_core.learner.ipynb #c7625b7b
 _step_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch')
 
-# %% ../../nbs/02_core.learner.ipynb #6503dd85
 @patch
 def __call__(self: DictLearner,
              event_name: str # one of fastai's events, or a list of them
