@@ -11,7 +11,7 @@ from torch import nn
 from dreamer_wb.core.config import (DecoderConfig, DreamerConfig, DynamicsConfig, EncoderConfig, HeadsConfig, LoopConfig, TrainConfig,
                                     WorldModelConfig, compose, presets, to_dict)
 from dreamer_wb.core.runs import UserError, read_json, save_checkpoint
-from dreamer_wb.data.episodes import image_to_float, write_episode
+from dreamer_wb.data.episodes import EpisodeStore, image_to_float, write_episode
 from dreamer_wb.dreamer.world_model import DreamerWorldModel, image_report, train_world_model
 
 HEADS = HeadsConfig(reward=True, cont=True, units=16)
@@ -44,7 +44,7 @@ def episodes(tmp_path_factory):
 
 
 def config(episodes, tmp_path, steps=30, **keys):
-    loop = LoopConfig(steps=steps, lr=3e-3, log_every=10, eval_every=10, checkpoint_seconds=0., progress=False, tensorboard=False, amp='off')
+    loop = LoopConfig(steps=steps, lr=1e-2, log_every=10, eval_every=10, checkpoint_seconds=0., progress=False, tensorboard=False, amp='off')
     return TrainConfig(**small(experiment='test', name='run', runs_dir=str(tmp_path/'runs'), data_dir=str(episodes), batch_size=8, loop=loop) | keys)
 
 
@@ -166,13 +166,13 @@ def test_damaged_checkpoints_are_one_line(tmp_path):
 # --- training ---
 
 def test_training_leaves_a_model_that_reconstructs(episodes, tmp_path):
-    run = train_world_model(config(episodes, tmp_path, steps=150))
+    wide = dict(encoder=EncoderConfig(depth=8, mults=[1, 2, 4]), decoder=DecoderConfig(depth=8, mults=[1, 2, 4]))
+    run = train_world_model(config(episodes, tmp_path, steps=150, **wide))
     world = DreamerWorldModel.load_from_checkpoint(run.checkpoints/'world_model.ckpt').eval()
     report = read_json(run.path/'world_model.json')
     assert set(report) == {'n', 'psnr', 'psnr_mean_image', 'psnr_shuffled', 'std_ratio', 'chroma_ratio', 'kl', 'active_units'}
     assert report['n'] == 12 and report['psnr'] > report['psnr_mean_image'] + 3 > report['psnr_shuffled'] + 3
     assert .6 < report['std_ratio'] < 1.2
-    from dreamer_wb.data.episodes import EpisodeStore
     again = image_report(world, EpisodeStore(episodes/'val'))
     assert again == pytest.approx(report, rel=1e-4)
     pictures = sorted(p.name for p in run.figures.glob('*.png'))
@@ -180,7 +180,7 @@ def test_training_leaves_a_model_that_reconstructs(episodes, tmp_path):
     other = DreamerWorldModel.load_from_checkpoint(run.checkpoints/'last.ckpt').eval()              # the loop's own checkpoint works too
     assert torch.equal(other.encoder.net.stages[0][0].weight, world.encoder.net.stages[0][0].weight)
     before = (run.checkpoints/'world_model.ckpt').stat().st_mtime_ns
-    assert train_world_model(config(episodes, tmp_path, steps=150)).done('train')                    # finished: nothing to do
+    assert train_world_model(config(episodes, tmp_path, steps=150, **wide)).done('train')                    # finished: nothing to do
     assert (run.checkpoints/'world_model.ckpt').stat().st_mtime_ns == before
 
 
