@@ -33,10 +33,14 @@ def make_cell(kind, text):
 
 
 def badge(path, top=root):
-    "Markdown of the badge that opens notebook `path` in Colab."
+    "Markdown of the badge that opens notebook `path` in Colab; the notebook of the README also shows the state of the workflows."
     cfg = settings(top)
     url = f'https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/blob/{cfg["branch"]}'
-    return f'[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url}/{path.relative_to(top).as_posix()})'
+    text = f'[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url}/{path.relative_to(top).as_posix()})'
+    if path.name != cfg['readme_nb']: return text
+    flows = f'{cfg["git_url"]}/actions/workflows'
+    return (f'{text} [![test]({flows}/test.yaml/badge.svg)]({flows}/test.yaml) '
+            f'[![docs]({flows}/deploy.yaml/badge.svg)]({cfg["doc_host"]}{cfg["doc_baseurl"]}/)')
 
 
 def install(top=root):

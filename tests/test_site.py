@@ -216,6 +216,8 @@ def test_head_is_written_once(script):
     assert texts[1].endswith('/dreamer-wb/dreamer_wb/blob/main/nbs/21_dreamer.rssm.ipynb)') and texts[2].startswith('#| hide\n#| eval: false\n! [ -e /content ]')
     assert colab.with_head({'cells': cells}, path) == cells
     assert [''.join(c['source']) for c in colab.with_head({'cells': cells}, root/'nbs'/'22_x.ipynb')][1].endswith('/nbs/22_x.ipynb)')
+    index = colab.with_head({'cells': cells}, root/'nbs'/'index.ipynb')
+    assert '/nbs/index.ipynb) [![test](' in ''.join(index[1]['source']) and colab.with_head({'cells': index}, root/'nbs'/'index.ipynb') == index
 
 def test_install_cell_keeps_torch(script):
     "pip is told the package only: no --upgrade, no version of anything."
