@@ -201,14 +201,14 @@ def sum_mse(
     assert pred.shape == target.shape, f'prediction {tuple(pred.shape)}, target {tuple(target.shape)}: shapes must be equal'
     return (pred.float() - target.float()).square().flatten(-3).sum(-1)
 
-# %% ../../nbs/20_dreamer.distributions.ipynb #9aab96c3
+# %% ../../nbs/20_dreamer.distributions.ipynb #ffa8b2fd
 def plot_two_hot(
     value: float = 7.3, # target shown in the middle panel
     n: int = 255,       # number of bins
 ):                      # matplotlib Figure
     "Three panels: symlog, the two-hot code of `value`, and the spacing of the bins."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), constrained_layout=True)
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout='constrained', dpi=72)
     bins, x = symexp_bins(n), torch.linspace(-30, 30, 301)
     axes[0].plot(x, symlog(x), label='symlog(x)'); axes[0].plot(x, x, 'k:', lw=.8, label='x')
     axes[0].set(ylim=(-4.5, 4.5), xlabel='x'); axes[0].legend(frameon=False)

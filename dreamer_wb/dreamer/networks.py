@@ -128,14 +128,14 @@ def forward(self: BlockLinear,
     "The layer on flat vectors."
     return self.blocks(self.split(x)).transpose(0, 1).flatten(1)
 
-# %% ../../nbs/21_dreamer.networks.ipynb #a901273d
+# %% ../../nbs/21_dreamer.networks.ipynb #a641f661
 def plot_blocks(
     layer: BlockLinear, # any block-diagonal layer
 ):                      # matplotlib Figure
     "The weights of `layer` as the one dense matrix that they stand for; white is exactly zero."
     import matplotlib.pyplot as plt
     dense = torch.block_diag(*layer.weight.detach().cpu())
-    fig, ax = plt.subplots(figsize=(5, 2.8), constrained_layout=True)
+    fig, ax = plt.subplots(figsize=(5, 2.8), layout='constrained', dpi=72)
     high = dense.abs().max().item()
     image = ax.imshow(torch.where(dense == 0, torch.nan, dense), cmap='coolwarm', vmin=-high, vmax=high, interpolation='nearest')
     ax.set(xlabel='output unit', ylabel='input unit', title=f'{layer.groups} blocks: {(dense != 0).float().mean():.0%} of the dense matrix')
