@@ -28,6 +28,12 @@ def load_script(name):
     return module
 
 
+@pytest.fixture(autouse=True)
+def own_opener(monkeypatch):
+    "urllib keeps the proxies that it met first; a test that sets others must not leave them to the next one."
+    monkeypatch.setattr('urllib.request._opener', None)
+
+
 @pytest.fixture(scope='session')
 def checkout():
     "The folder of the checkout."
