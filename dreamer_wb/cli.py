@@ -103,7 +103,7 @@ def _field_default(
     "Default of a field."
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
-# %% ../nbs/80_cli.ipynb #91fe869c
+# %% ../nbs/80_cli.ipynb #e9ae8ed7
 def sweep(
     command:Command, # which command
     overrides:list, # `key=value` strings, some with several values
@@ -116,14 +116,14 @@ def sweep(
     expanded = expand(schema, overrides, command.group, sweep=True)
     function = command.load('function')
     def job(cfg):
-        cfg = check_values(OmegaConf.to_object(cfg))
-        if getattr(cfg, 'name', '') is None: cfg.name = HydraConfig.get().job.override_dirname.replace('/', '_')
+        cfg, which = check_values(OmegaConf.to_object(cfg)), HydraConfig.get().job.override_dirname.replace('/', '_')
+        if getattr(cfg, 'name', '') is None: cfg.name = which
         try: results.append(function(cfg))
         except UserError as e:
-            failures.append(f'{cfg.name}: {e}')
+            failures.append(f'{which}: {e}')
             print(f'dreamer-wb {command.name}: {failures[-1]}', file=sys.stderr)
-    argv, sys.argv = sys.argv, ['dreamer-wb', *expanded, '--multirun', 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
-                                'hydra.sweep.dir=.', 'hydra.sweep.subdir=.']
+    argv, sys.argv = sys.argv, ['dreamer-wb', '--multirun', *expanded, 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
+                                'hydra.sweep.dir=runs/multirun/${now:%Y-%m-%d_%H-%M-%S}', 'hydra.sweep.subdir=.']
     try: hydra.main(config_path=str(CONFIGS), config_name=register(schema, command.group), version_base='1.3')(job)()
     finally: sys.argv = argv
     if failures: raise UserError(f'{len(failures)} of {len(failures) + len(results)} runs failed: {"; ".join(failures)}')
