@@ -1,4 +1,5 @@
 """Behaviour of the world model that users rely on: their own snippets, checkpoints, interrupted runs, bad input."""
+import copy
 import subprocess
 import sys
 import textwrap
@@ -93,6 +94,14 @@ def test_eval_is_deterministic_and_train_samples():
     assert torch.equal(world.encoder(obs)[0], world.encoder(obs)[0])
     assert torch.equal(world.encoder(obs).stoch, world.encoder(obs).state['mean'])
     assert torch.equal(world.encoder(obs)[0], world.encoder(obs[:, None])[0][:, 0]), 'a still is an episode of length 1'
+
+
+def test_a_copy_shares_nothing():
+    world = DreamerWorldModel(WorldModelConfig(**small()))
+    twin = copy.deepcopy(world)
+    assert twin.encoder.dynamics is twin.dynamics is twin.decoder.dynamics is not world.dynamics
+    names = [n for n, _ in world.named_parameters()]
+    assert len(names) == len(set(world.state_dict())) == len(set(names)), 'every weight is stored once'
 
 
 def test_images_of_other_kinds_are_refused():
