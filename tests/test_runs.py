@@ -204,7 +204,7 @@ def test_runs_of_the_same_second(tmp_path):
 
 def test_notebook_bar(monkeypatch):
     "In a notebook the bar is one line of HTML, made once and then updated."
-    import IPython.display as ipd
+    ipd = pytest.importorskip("IPython.display")
     shown = []
     class Handle:
         def update(self, html): shown.append(html.data)

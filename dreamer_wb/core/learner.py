@@ -696,9 +696,16 @@ def make_callbacks(loop,                 # a `LoopConfig`
     if run: out.append(Checkpoint(run.checkpoints/file, run.config, loop, cbs, resume))
     return [*out, *cbs]
 
-# %% ../../nbs/02_core.learner.ipynb #b6018006
-def make_learner(model: nn.Module, # as for `fit`, and so are the other arguments
-                 batches, loop, run=None, valid=None, cbs=(), title='train', resume=True) -> DictLearner:
+# %% ../../nbs/02_core.learner.ipynb #b3d79281
+def make_learner(model: nn.Module,       # as for `fit`, and so are the other arguments
+                 batches,                # training data
+                 loop,                   # a `LoopConfig`
+                 run=None,               # a `Run` or None
+                 valid=None,             # evaluation data
+                 cbs=(),                 # further callbacks
+                 title: str = 'train',   # what is trained
+                 resume: bool = True     # go on from the run's checkpoint
+                ) -> DictLearner:
     "The Learner that `fit` runs."
     device = next(model.parameters()).device
     dls = DataLoaders(Steps(batches, ahead=device.type == 'cuda'), Steps(valid, 0, len(valid) if valid is not None else 0), device=device)

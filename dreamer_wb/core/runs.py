@@ -159,7 +159,7 @@ def progress(iterable,                 # what to go through, or the number of st
 # %% ../../nbs/01_core.runs.ipynb #de59faf4
 FORMAT, VERSION = 'dreamer_wb checkpoint', 1
 
-# %% ../../nbs/01_core.runs.ipynb #47125137
+# %% ../../nbs/01_core.runs.ipynb #94650418
 def save_checkpoint(path: str|Path,        # the file, usually in `run.checkpoints`
                     kind: str,             # what is stored, for example 'world_model'
                     config: dict,          # all that is needed to build it again
@@ -171,7 +171,7 @@ def save_checkpoint(path: str|Path,        # the file, usually in `run.checkpoin
     data = dict(format=FORMAT, version=VERSION, kind=kind, config=plain(config, 'config'), state=state, meta=plain(meta or {}, 'meta'))
     buffer = io.BytesIO()
     torch.save(data, buffer)
-    with atomic_write(path) as f: f.write(buffer.getbuffer())
+    with atomic_write(path) as f, buffer.getbuffer() as view: f.write(view)
 
 # %% ../../nbs/01_core.runs.ipynb #435d0fec
 def load_checkpoint(path: str|Path,       # the file

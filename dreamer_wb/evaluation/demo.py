@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
-# %% ../../nbs/71_evaluation.demo.ipynb #46cf1378
+# %% ../../nbs/71_evaluation.demo.ipynb #7bce42f3
 from ..classifier.compare import ClassifyConfig, classify
 from ..core.config import TrainConfig, at_least, compose, from_dict, to_dict
-from ..core.runs import Run, write_json
+from ..core.runs import Run
 from ..data.prepare import PrepareConfig, prepare
 from ..dreamer.world_model import train_world_model
 from .report import ReportConfig, report
