@@ -10,12 +10,12 @@ _homes = {name: module for module, names in {
     'data.waterbirds': 'read_table',
     'data.synthetic': 'make_waterbirds',
     'data.episodes': 'Batches EpisodeStore read_episode write_episode',
-    'data.prepare': 'prepare',
+    'data.prepare': 'PrepareConfig prepare',
     'dreamer.rssm': 'RSSM',
     'dreamer.world_model': 'DreamerWorldModel train_world_model',
     'classifier.metrics': 'group_metrics',
     'classifier.latents': 'extract_latents',
-    'classifier.compare': 'classify',
+    'classifier.compare': 'ClassifyConfig classify',
 }.items() for name in names.split()}
 
 __all__ = sorted(_homes)

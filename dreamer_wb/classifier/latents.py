@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Features', 'FeatureBatches', 'FeatureSequential', 'training_batches', 'evaluation_batches', 'data_key',
-           'world_hash', 'keep_rows', 'extract_latents', 'pixels', 'pca_features', 'balanced_draw', 'probe',
-           'probe_table', 'embed_2d', 'plot_embedding']
+           'weights_hash', 'latent_file', 'encode', 'keep_rows', 'extract_latents', 'pixels', 'pca_features',
+           'balanced_draw', 'probe', 'probe_table', 'embed_2d', 'plot_embedding']
 
 # %% ../../nbs/31_classifier.latents.ipynb #ee99caa4
 import hashlib, zipfile
@@ -67,7 +67,7 @@ class FeatureSequential:
 
 # %% ../../nbs/31_classifier.latents.ipynb #57806c30
 def training_batches(
-    data, # `Features` or `EpisodeStore`
+    data, # Features or EpisodeStore
     batch_size:int, # rows in a batch
     seed:int=0, # seed of the order
     weights:np.ndarray=None, # (N,) how often each row is drawn, relative to others; None: each once an epoch
@@ -76,39 +76,50 @@ def training_batches(
     return (FeatureBatches if isinstance(data, Features) else Batches)(data, min(batch_size, len(data)), seed=seed, weights=weights)
 
 def evaluation_batches(
-    data, # `Features` or `EpisodeStore`
+    data, # Features or EpisodeStore
     batch_size:int=256, # rows in a batch
 ): # `len(batches)`, `batches(i) -> dict of tensors`
     "All rows in order."
     return (FeatureSequential if isinstance(data, Features) else Sequential)(data, batch_size)
 
 def data_key(
-    data, # `Features` or `EpisodeStore`
+    data, # Features or EpisodeStore
 ) -> str: # 'z' for latents, 'obs' for images
     "The name of the network's input in a batch."
     return getattr(data, 'key', 'obs')
 
-# %% ../../nbs/31_classifier.latents.ipynb #b7b68e7e
-def world_hash(
-    world:torch.nn.Module, # any module
+# %% ../../nbs/31_classifier.latents.ipynb #60a9a288
+def weights_hash(
+    state:dict, # state dict: {name: tensor}
 ) -> str: # 16 hexadecimal digits
-    "Hash of all weights and buffers."
+    "Hash of names, types, shapes and values of all tensors."
     h = hashlib.sha256()
-    for k, v in world.state_dict().items():
+    for k, v in state.items():
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
-        h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy() if v.ndim else str(v.item()).encode())
+        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-# %% ../../nbs/31_classifier.latents.ipynb #74b22f38
+def latent_file(
+    cache:str, # folder
+    key:str, # weights_hash of the world model
+    store, # EpisodeStore
+    part:str='stoch', # 'stoch', 'deter' or 'feat'
+    repeat:int=1, # repeats of each still image
+) -> Path: # file of the latents of this store by these weights
+    "Where the latents are kept."
+    return Path(cache)/f'{store.folder.name}_{part}_{repeat}_{key}_{store.cache.name[:16]}.npz'
+
+# %% ../../nbs/31_classifier.latents.ipynb #5a6e4fb0
 @torch.no_grad()
-def _encode(
+def encode(
     world, # world model
-    store, # `EpisodeStore` of still images, or of sequences of one length
-    part:str, # 'stoch', 'deter' or 'feat'
-    batch_size:int, # images at a time
-    repeat:int, # show each still image this many times
+    store, # EpisodeStore of still images, or of sequences of one length
+    part:str='stoch', # 'stoch', 'deter' or 'feat'
+    batch_size:int=128, # images at a time
+    repeat:int=1, # show each still image this many times
 ) -> np.ndarray: # (N, Z) float32
-    "Latents of all episodes, after their last step."
+    "Latents of all episodes, after their last step, in evaluation mode."
+    if part not in ('stoch', 'deter', 'feat'): raise UserError(f'latent part {part}: it can be stoch, deter or feat')
     training, device, out = world.training, next(world.parameters()).device, []
     world.eval()
     batches = Sequential(store, batch_size, length=int(store.lengths.min()), repeat=repeat)
@@ -135,27 +146,23 @@ def keep_rows(
         with atomic_write(file) as f: np.savez(f, x=x)
     return x
 
-# %% ../../nbs/31_classifier.latents.ipynb #09446ffe
+# %% ../../nbs/31_classifier.latents.ipynb #4bf8052c
 def extract_latents(
-    world, # `DreamerWorldModel`, or anything with `encoder(obs) -> Latent`
-    store, # `EpisodeStore`
+    world, # DreamerWorldModel, or any module with `encoder(obs) -> Latent`
+    store, # EpisodeStore
     cache:str=None, # folder for the results; None: not kept
     part:str='stoch', # 'stoch', 'deter' or 'feat' (both)
     batch_size:int=128, # images at a time
     repeat:int=1, # show each still image this many times in a row, as the model was trained
-) -> Features: # `.file` is where they are kept
+) -> Features: # latents with label and place
     "Latents of all images of a store, read from `cache` if they were made before."
-    if part not in ('stoch', 'deter', 'feat'): raise UserError(f'latent part {part}: it can be stoch, deter or feat')
-    name = f'{store.folder.name}_{part}_{repeat}_{world_hash(world)}_{store.cache.name[:16]}.npz'
-    file = Path(cache)/name if cache else None
-    z = keep_rows(file, len(store), lambda: _encode(world, store, part, batch_size, repeat))
-    out = Features(z, store.label, store.place, str(store.folder))
-    out.file = file
-    return out
+    file = cache and latent_file(cache, weights_hash(world.state_dict()), store, part, repeat)
+    z = keep_rows(file, len(store), lambda: encode(world, store, part, batch_size, repeat))
+    return Features(z, store.label, store.place, str(store.folder))
 
 # %% ../../nbs/31_classifier.latents.ipynb #aa724e76
 def pixels(
-    data, # `EpisodeStore`, or `Features` of images
+    data, # EpisodeStore, or Features of images
     side:int=32, # averaged down to squares of this side, pixels
     chunk:int=512, # images at a time
 ) -> np.ndarray: # (N, 3*side*side) float32 in [0, 1]
@@ -174,9 +181,9 @@ def pca_features(
     train, # images the components are fitted to
     *others, # further image sets, only projected
     dims:int=64, # number of components
-    side:int=32, # see `pixels`
+    side:int=32, # see pixels
     seed:int=0, # of the randomised solver
-) -> list: # of `Features`, `train` first
+) -> list: # of Features, `train` first
     "Images by their leading principal components."
     from sklearn.decomposition import PCA
     flat = pixels(train, side)
@@ -198,8 +205,8 @@ def balanced_draw(
 
 # %% ../../nbs/31_classifier.latents.ipynb #052d174a
 def probe(
-    fit_on, # `Features` to fit on, usually of the validation set
-    test, # `Features` to report on
+    fit_on, # Features to fit on, usually of the validation set
+    test, # Features to report on
     target:str='label', # 'label' (which bird) or 'place' (where)
     draws:int=5, # balanced draws to average over
     shuffle:bool=False, # shuffle the targets of the fit: must give chance
@@ -222,7 +229,7 @@ def probe(
 # %% ../../nbs/31_classifier.latents.ipynb #8efa6b73
 def probe_table(
     sets:dict, # {name of the features: (features to fit on, features to report on)}
-    **kwargs, # for `probe`
+    **kwargs, # for probe
 ): # DataFrame: features, target, acc, low, high, shuffled, chance, n_fit
     "Probes for bird and place of several kinds of features, with the shuffled control."
     import pandas as pd
@@ -255,7 +262,7 @@ COLOURS = {'label': {'landbird': '#b5651d', 'waterbird': '#1f77b4'}, 'place': {'
            'group': dict(zip(GROUPS.values(), ('#8c6d31', '#e6842a', '#d62778', '#1f77b4')))}
 
 def plot_embedding(
-    xy:np.ndarray, # (N, 2) from `embed_2d`
+    xy:np.ndarray, # (N, 2) from embed_2d
     label:np.ndarray, # (N,) bird
     place:np.ndarray, # (N,) place
     title:str='', # of the figure

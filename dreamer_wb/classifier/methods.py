@@ -80,7 +80,7 @@ class Classifier(nn.Module):
     def __init__(self,
         net:nn.Module, # inputs -> (B, 2) logits
         key:str='obs', # name of the network's input in a batch
-        robust:nn.Module=None, # `GroupDRO` or None
+        robust:nn.Module=None, # GroupDRO or None
     ):
         super().__init__()
         self.net, self.key, self.robust = net, key, robust
@@ -108,7 +108,7 @@ def _outputs(net, data, batch_size=256, amp='off'):
 # %% ../../nbs/32_classifier.methods.ipynb #a8a396c0
 def predict(
     net:nn.Module, # inputs -> (B, 2) logits
-    data, # `Features` or `EpisodeStore`
+    data, # Features or EpisodeStore
     batch_size:int=256, # rows at a time
     amp:str='off', # 'off': full precision; 'auto': bfloat16 where it is fast; 'bf16'
 ) -> np.ndarray: # (N, 2) probability of landbird and waterbird
@@ -117,12 +117,12 @@ def predict(
 
 def features_of(
     net:nn.Sequential, # network whose last layer is linear
-    data, # `Features` or `EpisodeStore`
+    data, # Features or EpisodeStore
 ) -> np.ndarray: # (N, F)
     "What the last layer sees."
     return _outputs(net[:-1], data).flatten(1).numpy()
 
-# %% ../../nbs/32_classifier.methods.ipynb #76ba29cc
+# %% ../../nbs/32_classifier.methods.ipynb #4cfa7129
 RULES = {'val worst group': 'needs val groups', 'val average': 'needs val labels', 'last': ''}
 
 def selection_rule(
@@ -130,7 +130,7 @@ def selection_rule(
     method:str='erm', # a key of `METHODS`
 ) -> str: # a key of `RULES`
     "The rule that `auto` stands for; raises `UserError` for an unknown one."
-    if rule == 'auto': return 'val worst group' if get_method(method).balanced else 'val average'
+    if rule == 'auto': return 'val worst group' if get_method(method).balanced else 'last'
     if rule not in RULES: raise UserError(f'selection {rule}: unknown, it can be auto, {", ".join(RULES)}')
     return rule
 
@@ -146,13 +146,15 @@ def val_score(
     acc = group_accuracy(label, prob.argmax(-1), group)
     return [float(np.nanmin(acc)), float(np.nanmean(acc))]
 
-# %% ../../nbs/32_classifier.methods.ipynb #81da7882
+# %% ../../nbs/32_classifier.methods.ipynb #0bff9158
 def best_on_val(
-    val, # `Features` or `EpisodeStore` of the validation set
+    val, # Features or EpisodeStore of the validation set
     rule:str, # a key of `RULES`
-    amp:str='off', # precision of the looks, see `predict`
+    amp:str='off', # precision of the looks, see predict
 ): # a fastai callback with `best` (state dict), `at` (step), `history` (one entry per evaluation)
-    "Callback that keeps the weights which are best by `rule`."
+    "Callback that keeps the weights which are best by `rule`; raises `UserError` if the rule needs groups that are not known."
+    if rule == 'val worst group' and not group_counts(val.group).all():
+        raise UserError(f'{val.folder}: choosing by the worst group needs images of all four groups, found {dict(zip(GROUPS, group_counts(val.group).tolist()))}; use selection="val average"')
     from fastai.callback.core import Callback
     class BestOnVal(Callback):
         order = 70                                                             # before the checkpoint is written
@@ -185,7 +187,7 @@ def loop_for(
     batch_size:int=128, # rows in a batch
     evals:int=20, # looks at the validation set
     steps:int=0, # updates, in place of `epochs`
-    **kwargs, # fields of `LoopConfig`
+    **kwargs, # fields of LoopConfig
 ) -> LoopConfig:
     "A loop of so many epochs, or steps."
     steps = steps or max(1, math.ceil(epochs*rows/min(batch_size, rows)))
@@ -195,16 +197,16 @@ def loop_for(
 # %% ../../nbs/32_classifier.methods.ipynb #ba9af1d6
 def train_classifier(
     net:nn.Sequential, # network; trained in place
-    train, # `Features` or `EpisodeStore` of the training set
+    train, # Features or EpisodeStore of the training set
     val, # the same for the validation set
     method:str='erm', # a key of `METHODS`; those of DFR train ERM first
     selection:str='auto', # which weights to keep: a key of `RULES`, or 'auto'
     seed:int=0, # of the order of the data and of augmentation; the weights of `net` are made before
     batch_size:int=128, # rows in a batch
     adjustment:float=0., # GroupDRO's C
-    run=None, # a `Run`, to be able to go on after an interruption
+    run=None, # a Run, to be able to go on after an interruption
     title:str='classifier', # name of its files there
-    **loop, # for `loop_for`: epochs, evals, lr, weight_decay, schedule, opt, …
+    **loop, # for loop_for: epochs, evals, lr, weight_decay, schedule, opt, …
 ) -> Trained:
     "Train a network by a method and keep the weights that the rule chooses on the validation set."
     from dreamer_wb.core.learner import fit, set_seed
@@ -280,7 +282,7 @@ def dfr(
 
 # %% ../../nbs/32_classifier.methods.ipynb #b56ee4f5
 def as_linear(
-    found:dict, # from `dfr`
+    found:dict, # from dfr
 ) -> nn.Linear: # (N, F) -> (N, 2) logits
     "The averaged logistic regression and its standardisation as one layer."
     w = found['weight']/found['std']
@@ -293,7 +295,7 @@ def as_linear(
 # %% ../../nbs/32_classifier.methods.ipynb #367886d3
 def refit_last(
     trained:Trained, # a network trained by ERM; it is not changed
-    train, # `Features` or `EpisodeStore` of the training set
+    train, # Features or EpisodeStore of the training set
     val, # the same for the validation set
     variant:str='val', # new last layer from 'val' or from 'train'
     seed:int=0, # of halves and draws

@@ -358,7 +358,7 @@ def register(
 
 # %% ../../nbs/00_core.config.ipynb #d28037db
 def compose(
-    schema:type, # dataclass of the command, e.g. `TrainConfig`
+    schema:type, # dataclass of the command, e.g. TrainConfig
     overrides:List[str]=(), # `key=value` strings in Hydra's grammar; `experiment=` a preset or a file
     group:Optional[str]='experiment', # config group of its presets, None if it has none
 ) -> Any: # an instance of `schema`

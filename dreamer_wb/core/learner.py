@@ -89,7 +89,7 @@ def _threaded(self: Steps, steps):
         if future: yield future.result()
 
 # %% ../../nbs/02_core.learner.ipynb #807d0d03
-def learning_rate(loop,         # a `LoopConfig`: `schedule`, `warmup`
+def learning_rate(loop,         # a LoopConfig: `schedule`, `warmup`
                   pct: float    # share of the training that is done, 0 to 1
                  ) -> float:    # factor on `loop.lr`
     "Linear warm-up, then `constant`, or `cosine` to zero; `onecycle` rises along a cosine for a quarter and then falls."
@@ -102,7 +102,7 @@ def learning_rate(loop,         # a `LoopConfig`: `schedule`, `warmup`
 
 # %% ../../nbs/02_core.learner.ipynb #b4fb6da0
 def param_groups(model: nn.Module,   # what to train
-                 loop                # a `LoopConfig`: `weight_decay`
+                 loop                # a LoopConfig: `weight_decay`
                 ) -> list[dict]:     # for a torch optimizer
     "The model's own groups, else all in one; weight decay is for matrices and kernels only."
     if hasattr(model, 'param_groups'): return list(model.param_groups(loop))
@@ -113,7 +113,7 @@ def param_groups(model: nn.Module,   # what to train
 
 # %% ../../nbs/02_core.learner.ipynb #099ef761
 def make_optimizer(model: nn.Module,   # what to train
-                   loop                # a `LoopConfig`: `opt, lr, weight_decay`
+                   loop                # a LoopConfig: `opt, lr, weight_decay`
                   ) -> torch.optim.Optimizer:
     "`adamw`, or `sgd` with momentum 0.9."
     kinds = dict(adamw=(torch.optim.AdamW, {}), sgd=(torch.optim.SGD, dict(momentum=.9)))
@@ -126,7 +126,7 @@ def make_optimizer(model: nn.Module,   # what to train
 # %% ../../nbs/02_core.learner.ipynb #ed6a61be
 class DictLearner(Learner):
     "fastai's Learner, counting in steps."
-    first_epoch = 0                                    # `Checkpoint` sets it on a resume
+    first_epoch = 0                                    # Checkpoint sets it on a resume
 
     @property
     def step(self) -> int:
@@ -173,7 +173,7 @@ class Position(Callback):
     "Says which steps an epoch has; sets `pct_train` and the learning rate of every group before each step."
     order, run_valid = -8, False
     def __init__(self,
-                 loop,       # a `LoopConfig`
+                 loop,       # a LoopConfig
                  every: int  # steps in an epoch
                 ):
         self.loop, self.every = loop, every
@@ -395,7 +395,7 @@ class TensorBoardLog:
 class WandbLog:
     "Weights & Biases. `WANDB_MODE=offline` keeps everything on this machine; a resumed run goes on under its old id."
     def __init__(self,
-                 run,           # a `Run`
+                 run,           # a Run
                  project: str,  # where it is filed
                  title: str     # what is trained
                 ):
@@ -431,7 +431,7 @@ class Bar(Callback):
     order, name, bar = 60, 'progress', None
     def __init__(self,
                  title: str, # the words in front
-                 loop        # a `LoopConfig`: `steps`, `progress`
+                 loop        # a LoopConfig: `steps`, progress
                 ):
         self.title, self.loop = title, loop
 
@@ -516,7 +516,7 @@ def rng_state() -> dict: # tensors and plain values
                 numpy=[name, torch.from_numpy(keys.astype('int64')), *rest], python=random.getstate())
 
 # %% ../../nbs/02_core.learner.ipynb #1b267d57
-def set_rng_state(state: dict # from `rng_state`
+def set_rng_state(state: dict # from rng_state
                  ):
     "Put every generator back to where it was."
     torch.set_rng_state(state['torch'])
@@ -549,15 +549,15 @@ class SameNoise(Callback):
         self.state = None
 
 # %% ../../nbs/02_core.learner.ipynb #3b1f8984
-def callback_state(cb: Callback # one that was passed to `fit`
+def callback_state(cb: Callback # one that was passed to fit
                   ) -> dict:    # tensors and plain values
     "What a callback wants to find again after a resume."
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     return {k: getattr(cb, k) for k in ('best', 'wait', 'new_best') if k in vars(cb)}                  # fastai's trackers
 
 # %% ../../nbs/02_core.learner.ipynb #4d6b571a
-def set_callback_state(cb: Callback, # one that was passed to `fit`
-                       state: dict   # from `callback_state`
+def set_callback_state(cb: Callback, # one that was passed to fit
+                       state: dict   # from callback_state
                       ):
     "Give it back."
     if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(state)
@@ -570,7 +570,7 @@ class Checkpoint(Callback):
     def __init__(self,
                  path: Path,          # the file
                  config: dict,        # of the run
-                 loop,                # a `LoopConfig`
+                 loop,                # a LoopConfig
                  cbs: list = (),      # callbacks whose state belongs to the training
                  resume: bool = True  # go on from the file, if it is there
                 ):
@@ -668,8 +668,8 @@ def cpu_settings(threads: int # of torch; 0: its own choice
         torch.set_flush_denormal(not denormal)
 
 # %% ../../nbs/02_core.learner.ipynb #8862a80e
-def make_sinks(loop,       # a `LoopConfig`: `tensorboard`, `wandb`, `wandb_project`
-               run,        # a `Run`
+def make_sinks(loop,       # a LoopConfig: `tensorboard`, `wandb`, `wandb_project`
+               run,        # a Run
                title: str  # what is trained
               ) -> list:   # functions of a row
     "CSV, TensorBoard and W&B inside the run folder."
@@ -680,8 +680,8 @@ def make_sinks(loop,       # a `LoopConfig`: `tensorboard`, `wandb`, `wandb_proj
     return sinks
 
 # %% ../../nbs/02_core.learner.ipynb #b0adc127
-def make_callbacks(loop,                 # a `LoopConfig`
-                   run,                  # a `Run` or None
+def make_callbacks(loop,                 # a LoopConfig
+                   run,                  # a Run or None
                    device: torch.device, # of the model
                    cbs: list,            # the caller's own callbacks
                    title: str,           # what is trained
@@ -697,10 +697,10 @@ def make_callbacks(loop,                 # a `LoopConfig`
     return [*out, *cbs]
 
 # %% ../../nbs/02_core.learner.ipynb #b3d79281
-def make_learner(model: nn.Module,       # as for `fit`, and so are the other arguments
+def make_learner(model: nn.Module,       # as for fit, and so are the other arguments
                  batches,                # training data
-                 loop,                   # a `LoopConfig`
-                 run=None,               # a `Run` or None
+                 loop,                   # a LoopConfig
+                 run=None,               # a Run or None
                  valid=None,             # evaluation data
                  cbs=(),                 # further callbacks
                  title: str = 'train',   # what is trained
@@ -718,8 +718,8 @@ def make_learner(model: nn.Module,       # as for `fit`, and so are the other ar
 # %% ../../nbs/02_core.learner.ipynb #d3b455ef
 def fit(model: nn.Module,       # `forward(batch) -> (losses, metrics)`, and `scales`
         batches,                # `batches(step) -> dict of tensors`, a pure function of the step, or an object with that method
-        loop,                   # a `LoopConfig`
-        run=None,               # a `Run`: where record and checkpoints go; None: nowhere
+        loop,                   # a LoopConfig
+        run=None,               # a Run: where record and checkpoints go; None: nowhere
         valid=None,             # data to evaluate: `len(valid)` batches, `valid(i)` or `valid.batches(i)`
         cbs=(),                 # further fastai callbacks
         title: str = 'train',   # what is trained; another word than 'train' has files of its own in the run folder

@@ -46,7 +46,7 @@ _no_room = {getattr(errno, k): v for k, v in _no_room.items() if hasattr(errno, 
 # %% ../../nbs/01_core.runs.ipynb #6be6fb7e
 def write_error(e: OSError,     # what the system said
                 path: str|Path  # the file that could not be written
-               ) -> Exception:  # a `UserError` where the user can mend it, else `e` itself
+               ) -> Exception:  # a UserError where the user can mend it, else `e` itself
     "The error to raise when writing `path` failed with `e`."
     if e.errno in _no_room: return UserError(
         f'{path}: not written, {_no_room[e.errno]}; make room and repeat the command (what was there before is untouched)')
@@ -101,7 +101,7 @@ def _finite(x):
 
 # %% ../../nbs/01_core.runs.ipynb #139fbef6
 def write_json(path: str|Path, # the file
-               data: object    # anything that `plain` understands
+               data: object    # anything that plain understands
               ):
     "Write `data` to `path` as readable JSON, atomically; NaN and infinity become `null`."
     text = json.dumps(_finite(plain(data)), indent=2, ensure_ascii=False)
@@ -356,7 +356,7 @@ def _begin(self: Run):
 
 # %% ../../nbs/01_core.runs.ipynb #e94834e4
 @patch(as_prop=True)
-def environments(self: Run) -> list: # of dicts as `environment` returns
+def environments(self: Run) -> list: # of dicts as environment returns
     "Where the run was worked on: one entry, or more if it went on elsewhere."
     return read_json(self.path/'environment.json')
 
@@ -411,7 +411,7 @@ def stage(self: Run,
         write_json(self.path/'stages.json', stages)
 
 # %% ../../nbs/01_core.runs.ipynb #ed97a7a0
-def read_metrics(source              # a `metrics.csv`, a `Run`, a list of rows (dicts) or a DataFrame
+def read_metrics(source              # a `metrics.csv`, a Run, a list of rows (dicts) or a DataFrame
                 ):                   # DataFrame, one row per logged step
     "The record of a training as a DataFrame; `UserError` if there is none."
     import pandas as pd
@@ -425,7 +425,7 @@ def read_metrics(source              # a `metrics.csv`, a `Run`, a list of rows 
     except (KeyError, ValueError): raise UserError(f'{path}: damaged or not a record of a training; give the metrics.csv of a run') from None
 
 # %% ../../nbs/01_core.runs.ipynb #ca147f74
-def plot_losses(source,                         # anything that `read_metrics` reads
+def plot_losses(source,                         # anything that read_metrics reads
                 names: list[str]|None = None,   # which columns; None: all but time and learning rate
                 columns: int = 3                # panels in a row
                ):                               # matplotlib Figure

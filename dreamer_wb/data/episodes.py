@@ -515,7 +515,7 @@ def _drawn(
 
 # %% ../../nbs/12_data.episodes.ipynb #5e3e1c40
 def show_batch(
-    batch: dict, # from `Batches` or `Sequential`
+    batch: dict, # from Batches or Sequential
     n: int = 4, # episodes to show
     steps: int = 12, # steps of each
     width: int = 96, # width of an image on the screen, in pixels

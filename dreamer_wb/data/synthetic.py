@@ -61,7 +61,7 @@ def swap_bird(spec: Spec  # any image
     "The exact counterfactual of the bird."
     return replace(spec, label=1-spec.label)
 
-# %% ../../nbs/11_data.synthetic.ipynb #1105018e
+# %% ../../nbs/11_data.synthetic.ipynb #8ff9abcc
 @dataclass(frozen=True)
 class Look:
     "What makes the set easy or hard."
@@ -69,17 +69,17 @@ class Look:
     shape_noise: float = .08   # spread of the shapes within a species
     camouflage: float = 0.     # 0 own colours .. 1 nearly the olive of the woods and the lakes
     bg_mix: float = .4         # share of scenes that hold both water and wood
-    plumage_cue: float = .38   # share of birds in the colours of their species; the rest wear a coat that both families wear
+    plumage_cue: float = .75   # share of birds in the colours of their species; the rest wear a coat that both families wear
 
-# %% ../../nbs/11_data.synthetic.ipynb #e3fb4712
-LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=.8),
+# %% ../../nbs/11_data.synthetic.ipynb #98868856
+LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=1.),
          'default': Look(),
-         'hard':    Look(fit=(.6, .95), shape_noise=.15, camouflage=.2, plumage_cue=.2)}
+         'hard':    Look(fit=(.65, .95), shape_noise=.15, camouflage=.2, plumage_cue=.5)}
 
 # %% ../../nbs/11_data.synthetic.ipynb #07cabecd
 def look_at(difficulty: str|float|Look = 'default', # 'easy', 'default', 'hard', or 0 (easy) .. .5 (default) .. 1 (hard)
-            **knobs                                 # fields of `Look` that differ
-           ) -> Look:                               # raises `UserError` for an unknown difficulty or knob
+            **knobs                                 # fields of Look that differ
+           ) -> Look:                               # raises UserError for an unknown difficulty or knob
     "The look of a difficulty, with some knobs turned."
     if unknown := set(knobs) - {f.name for f in fields(Look)}:
         raise UserError(f'no such knob: {", ".join(sorted(unknown))}; the knobs are {", ".join(f.name for f in fields(Look))}')
@@ -235,7 +235,7 @@ _varied = 'pitch depth neck lean bend neck_r head bill bill_h leg leg_w tail fan
 # %% ../../nbs/11_data.synthetic.ipynb #aa9de53f
 def individual(spec: Spec, # which bird (`label` and `bird_seed` count)
                look: Look  # how much birds differ
-              ) -> tuple:  # its `Species` record, its colours as (3,) floats, whether they are its own, its generator
+              ) -> tuple:  # its Species record, its colours as (3,) floats, whether they are its own, its generator
     "Draw one bird of the family: species, build and colours."
     rng = np.random.default_rng([11, spec.bird_seed])
     family = FAMILIES[spec.label]
@@ -688,7 +688,7 @@ def draw_place(spec: Spec, # which place (`place` and `bg_seed` count)
 # %% ../../nbs/11_data.synthetic.ipynb #e33e5c2a
 def render(spec: Spec,                            # what is on the image
            size: int = 64,                        # pixels, 16 .. 512
-           difficulty: str|float|Look = 'default' # see `look_at`
+           difficulty: str|float|Look = 'default' # see look_at
           ) -> tuple:                             # image (size,size,3) uint8, mask (size,size) bool, dict of facts
     "The picture, the exact mask of the bird, and what there is to know."
     look = difficulty if isinstance(difficulty, Look) else look_at(difficulty)
@@ -717,9 +717,9 @@ def _map(f, jobs, workers, desc=''):
 def _picture(job): return render(*job)[:2]
 
 # %% ../../nbs/11_data.synthetic.ipynb #570b34c7
-def render_many(specs: list,                            # `Spec` of each image
+def render_many(specs: list,                            # Spec of each image
                 size: int = 64,                         # pixels
-                difficulty: str|float|Look = 'default', # see `look_at`
+                difficulty: str|float|Look = 'default', # see look_at
                 workers: int = 1                        # processes; 0: one per core
                ) -> tuple:                              # images (N,size,size,3) uint8, masks (N,size,size) bool
     "Pictures and masks in memory."
@@ -759,7 +759,7 @@ def split_sizes(n: int|tuple  # images in all, or (train, val, test)
 def sample_specs(n: int|tuple = 11788,  # images in all, or (train, val, test)
                  bias: float = .95,     # share of the training images whose place fits the bird
                  seed: int = 0          # another seed: other birds, other places
-                ) -> dict:              # 'train', 'val', 'test' -> `Spec`s in random order
+                ) -> dict:              # 'train', 'val', 'test' -> Specs in random order
     "Who stands where; no bird and no place comes twice."
     out = {}
     for k, (split, size) in enumerate(zip(OFFICIAL, split_sizes(n))):
@@ -812,7 +812,7 @@ def make_waterbirds(root: str|Path,                         # the folder to writ
                     n: int|tuple = 11788,                   # images in all (as many as the real set), or (train, val, test)
                     size: int = 64,                         # pixels, 64 .. 224
                     bias: float = .95,                      # share of the training images whose place fits the bird
-                    difficulty: str|float|Look = 'default', # see `look_at`
+                    difficulty: str|float|Look = 'default', # see look_at
                     seed: int = 0,                          # same seed, same bytes
                     kind: str = 'jpg',                      # 'jpg' as the real set, or 'png' (lossless: twins agree to the bit)
                     quality: int = 95,                      # of the jpg; colours are not subsampled
@@ -834,8 +834,8 @@ def make_waterbirds(root: str|Path,                         # the folder to writ
     return root
 
 # %% ../../nbs/11_data.synthetic.ipynb #f6e46e8f
-def read_specs(root: str|Path  # a folder that `make_waterbirds` wrote
-              ) -> tuple:      # `Spec`s in the order of metadata.csv, `Look`, size in pixels
+def read_specs(root: str|Path  # a folder that make_waterbirds wrote
+              ) -> tuple:      # Specs in the order of metadata.csv, Look, size in pixels
     "What is needed to draw a set again, or its twins."
     root = Path(root)
     try:
@@ -848,10 +848,10 @@ def read_specs(root: str|Path  # a folder that `make_waterbirds` wrote
     return specs, look, size
 
 # %% ../../nbs/11_data.synthetic.ipynb #aae65828
-def show_samples(specs: list,                            # `Spec`s, for example 24 of `sample_specs()['train']`
+def show_samples(specs: list,                            # Specs, for example 24 of `sample_specs()['train']`
                  size: int = 64,                         # pixels
                  cols: int = 8,                          # pictures per row
-                 difficulty: str|float|Look = 'default', # see `look_at`
+                 difficulty: str|float|Look = 'default', # see look_at
                  names: bool = False,                    # write species and scene above each picture
                  inch: float = 1.4                       # width of a picture on paper
                 ):                                       # matplotlib Figure
@@ -867,9 +867,9 @@ def show_samples(specs: list,                            # `Spec`s, for example 
     return fig
 
 # %% ../../nbs/11_data.synthetic.ipynb #46954ef0
-def show_twins(specs: list,                            # `Spec`s, one column each
+def show_twins(specs: list,                            # Specs, one column each
                size: int = 128,                        # pixels
-               difficulty: str|float|Look = 'default', # see `look_at`
+               difficulty: str|float|Look = 'default', # see look_at
                inch: float = 1.7                       # width of a picture on paper
               ):                                       # matplotlib Figure
     "Each bird here, there, and its mask; below, another bird in its place."

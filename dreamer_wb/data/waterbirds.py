@@ -343,7 +343,7 @@ URL = f'https://nlp.stanford.edu/data/dro/{RELEASE}.tar.gz'
 OFFICIAL = {'train': (3498, 184, 56, 1057), 'val': (467, 466, 133, 133), 'test': (2255, 2255, 642, 642)}
 
 def group_counts(
-    table, # from `read_table`
+    table, # from read_table
 ): # DataFrame (splits x groups) of int
     "How many images each split has of each group."
     import pandas as pd
@@ -352,7 +352,7 @@ def group_counts(
 
 # %% ../../nbs/10_data.waterbirds.ipynb #80c5af46
 def plot_group_counts(
-    table, # from `read_table`
+    table, # from read_table
 ): # a matplotlib Figure
     "Images of each group and split."
     import matplotlib.pyplot as plt
@@ -368,7 +368,7 @@ def plot_group_counts(
 
 # %% ../../nbs/10_data.waterbirds.ipynb #c94355f1
 def check_official(
-    table, # from `read_table`, labels as they are in the files
+    table, # from read_table, labels as they are in the files
     folder: Path, # where it was read
 ) -> bool: # whether this is the public release, whole
     "Compare the public release with its published group counts, and warn if it differs."
@@ -633,7 +633,7 @@ def download_waterbirds(
     url: str = URL, # the archive
     sha256: str = '', # its checksum, verified if given
     keep: bool = False, # keep the archive after unpacking
-    **kwargs, # for `fetch`: `retries`, `wait`, `timeout`
+    **kwargs, # for fetch: `retries`, `wait`, `timeout`
 ) -> Path: # folder with metadata.csv
     "Fetch and unpack the public release, unless it is there."
     root = Path(root)

@@ -150,7 +150,7 @@ class TwoHot:
     "A number as a softmax over fixed bins."
     def __init__(self,
         logits: Tensor, # (..., n)
-        bins: Tensor,   # (n,) from `symexp_bins`
+        bins: Tensor,   # (n,) from symexp_bins
     ):
         self.logits, self.bins = logits.float(), bins
 

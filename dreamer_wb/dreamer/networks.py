@@ -272,7 +272,7 @@ def layer_table(
 
 # %% ../../nbs/21_dreamer.networks.ipynb #f8514aa2
 def format_table(
-    rows: list, # from `layer_table`
+    rows: list, # from layer_table
 ) -> str:       # one line per layer, then one per part, then the total
     "Set the rows of `layer_table` as text."
     parts, width = {}, max(len(r[0]) for r in rows) + 2

@@ -136,7 +136,7 @@ def noise(self: RSSM,
 @patch
 def draw(self: RSSM,
     stats: dict,        # from `stats`, leading (B,)
-    noise: Tensor|None, # one step of `noise`; None takes the mode
+    noise: Tensor|None, # one step of noise; None takes the mode
 ) -> Tensor: # (B, S), flattened, float32
     "A sample of the latent, or its mode."
     dist = self.dist(stats)
@@ -167,7 +167,7 @@ def scan(
     action: Tensor,  # (T, B, D) from `project_action`
     embed: Tensor,   # (T, B, n) from `posterior.embed`
     keep: Tensor,    # (T, B, 1) float, 0 where an episode begins
-    noise,           # T entries from `noise`
+    noise,           # T entries from noise
 ) -> dict:           # posterior states, leading (B, T)
     "Filter a sequence of images: the only loop over time."
     deter, stoch, states = state['deter'], state['stoch'], []

@@ -34,7 +34,7 @@ class LatentEncoder(nn.Module):
     "Images to posterior latents; `eval()` takes the mode, `train()` samples."
     def __init__(self,
         net: nn.Module,      # (N, 3, H, W) float to (N, E)
-        dynamics: nn.Module, # `RSSM`, or another dynamics of the same surface
+        dynamics: nn.Module, # RSSM, or another dynamics of the same surface
     ):
         super().__init__()
         self.net = net
@@ -146,7 +146,7 @@ def summary(self: DreamerWorldModel):
 # %% ../../nbs/23_dreamer.world_model.ipynb #1eea6b4d
 @patch
 def rollout(self: DreamerWorldModel,
-    z0,              # (N, S) `stoch` from the encoder, a `Latent`, or a state
+    z0,              # (N, S) `stoch` from the encoder, a Latent, or a state
     actions: Tensor, # (N, T, A), or (T, A) for all alike
 ) -> Tensor: # (N, T, F) features after each action, for `decoder`
     "Imagine what the actions lead to, without looking."
@@ -212,7 +212,7 @@ def spread(
 @torch.no_grad()
 def image_report(
     world: DreamerWorldModel, # any world model; its mode is left as it was
-    store,                    # `EpisodeStore`; the first image of each episode is used
+    store,                    # EpisodeStore; the first image of each episode is used
     n: int = 1000,            # images, spread evenly over the store
     batch_size: int = 64,     # images at a time
 ) -> dict: # n, psnr, psnr_mean_image, psnr_shuffled, std_ratio, chroma_ratio, kl, active_units
@@ -275,7 +275,7 @@ def plot_reconstructions(
 # %% ../../nbs/23_dreamer.world_model.ipynb #f48130fd
 def open_stores(
     cfg: TrainConfig, # `data_dir`, or the `offline_…_dir`s
-) -> tuple: # training and validation `EpisodeStore`
+) -> tuple: # training and validation EpisodeStore
     "The episodes that a config names, checked against the model's image size and number of actions."
     folders = {'train': cfg.offline_data_dir, 'val': cfg.offline_eval_dir}
     if not cfg.data_dir and not all(folders.values()):
@@ -297,8 +297,8 @@ def pick_device(
 # %% ../../nbs/23_dreamer.world_model.ipynb #d8c1f21d
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
-    train,            # `EpisodeStore`
-    valid,            # `EpisodeStore`
+    train,            # EpisodeStore
+    valid,            # EpisodeStore
 ) -> tuple: # training batches as a function of the step, evaluation batches
     "Windows of `batch_length` steps, or still images shown `repeat` times."
     if cfg.repeat > 1 and cfg.batch_length not in (1, cfg.repeat):
@@ -309,7 +309,7 @@ def batches_for(
 @torch.no_grad()
 def save_pictures(
     world: DreamerWorldModel, # the model as it is now
-    store,                    # `EpisodeStore`
+    store,                    # EpisodeStore
     path,                     # the `.png` file
     n: int = 10,              # images, spread evenly over the store
 ):
@@ -345,7 +345,7 @@ def train_world_model(
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #cfde2995
 def picture_callback(
-    store,   # `EpisodeStore`
+    store,   # EpisodeStore
     figures, # folder for the pictures
 ):           # fastai callback
     "Writes `reconstructions_<step>.png` after every evaluation."
@@ -367,7 +367,7 @@ def open_loop(
 
 def plot_open_loop(
     obs: Tensor,   # (B, T, 3, H, W) uint8, the truth
-    dream: Tensor, # (B, T, 3, H, W) float, from `open_loop`
+    dream: Tensor, # (B, T, 3, H, W) float, from open_loop
     context: int,  # steps that the model saw
 ):                 # matplotlib Figure
     "Truth above imagination, framed green where the model could see and red where it could not."

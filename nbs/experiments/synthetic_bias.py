@@ -74,7 +74,7 @@ def train(method, data, seed, args):
 
 def one_seed(seed, done, args):
     "Yield a row for each method that is not done."
-    todo = [m for m in METHODS if (seed, m) not in done]
+    todo = [m for m in METHODS if m in args.methods and (seed, m) not in done]
     if not todo: return
     start = time.process_time()
     data, erm = Data(seed, args), None
@@ -116,6 +116,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--n', type=int, nargs=3, default=[4795, 1199, 5794], help='training, validation and test images')
+    p.add_argument('--methods', nargs='+', default=METHODS, choices=METHODS)
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--bias', type=float, default=.95)
     p.add_argument('--difficulty', default='default', help='easy, default, hard or a number from 0 to 1')
