@@ -173,7 +173,7 @@ def _pca_files(cfg, stores, folder):
     for k, s in stores.items(): keep_rows(files[k], len(s), lambda: made()[k].x)
     return {k: str(f) for k, f in files.items()}
 
-# %% ../../nbs/34_classifier.compare.ipynb #8f9f2957
+# %% ../../nbs/34_classifier.compare.ipynb #a4d9a82d
 @patch
 def data(self:Bench,
     model:str, # a key of `MODELS`
@@ -210,7 +210,7 @@ def _resnet(self:Bench):
     fit['opt'] = opt if opt != 'auto' else 'adamw' if scratch else 'sgd'
     return net, net.title.replace('resnet50', MODELS['resnet50']), fit
 
-# %% ../../nbs/34_classifier.compare.ipynb #6411406c
+# %% ../../nbs/34_classifier.compare.ipynb #0086e3ea
 CELLS = 1 # number of the procedure: raised when cells of older versions must be made again
 
 @patch
@@ -228,13 +228,17 @@ def key(self:Bench,
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 @patch
-def known(self:Bench, model, method, seed):
+def known(self:Bench,
+    model:str, # a key of `MODELS`
+    method:str, # a key of `METHODS`
+    seed:int, # of weights and data order
+) -> dict: # the finished cell's row, or None
     "The finished cell, or None."
     try: cell = read_json(self.folder/'cells'/f'{model}-{method}-{seed}.json')
     except UserError: return None                                             # not there, or damaged: made again
     return cell['row'] if cell.get('key') == self.key(model, method, seed) else None
 
-# %% ../../nbs/34_classifier.compare.ipynb #a3e51fdb
+# %% ../../nbs/34_classifier.compare.ipynb #935191bf
 @patch
 def kept(self:Bench,
     net:nn.Module, # network of the right shape; takes the weights
@@ -249,7 +253,7 @@ def kept(self:Bench,
     except (UserError, RuntimeError): return None                             # not there, or damaged: trained again
     return Trained(net.eval(), **{k: found['meta'][k] for k in ('selection', 'step', 'history')})
 
-# %% ../../nbs/34_classifier.compare.ipynb #73a13f87
+# %% ../../nbs/34_classifier.compare.ipynb #410619ee
 def _tidy(run, title, csv):
     "Drop the checkpoint of a finished training, keep its record beside the cell."
     (run.checkpoints/f'{title}.ckpt').unlink(missing_ok=True)
@@ -275,7 +279,7 @@ def train(self:Bench,
     if run: _tidy(run, title, self.folder/'cells'/f'{cell}.csv')
     return done, name
 
-# %% ../../nbs/34_classifier.compare.ipynb #e8e866bd
+# %% ../../nbs/34_classifier.compare.ipynb #4b173aeb
 @patch
 def cell(self:Bench,
     model:str, # a key of `MODELS`
@@ -320,7 +324,7 @@ def _mean_row(cells):
     return row | dict(macro_f1=cells['macro_f1'].mean(), auroc=cells['auroc'].astype(float).mean(), confusion=np.sum(cells['confusion'].tolist(), 0).tolist(),
                       one_class=bool(cells['one_class'].any()), cpu_seconds=cells['cpu_seconds'].mean())
 
-# %% ../../nbs/34_classifier.compare.ipynb #dd891fe3
+# %% ../../nbs/34_classifier.compare.ipynb #81eff4b1
 def table_for_people(
     table, # DataFrame from average_rows
 ): # DataFrame of words: per cent, intervals, sizes of the groups in the heads of the columns
@@ -365,7 +369,7 @@ def _bars(ax, row, cells):
     ax.set(xlim=(-.6, 3.6), ylim=(0, 105), xticks=range(4), xticklabels=list(GROUPS), yticks=(0, 50, 100))
     ax.tick_params(labelsize=7, length=2); ax.spines[['top', 'right']].set_visible(False); ax.grid(axis='y', color='#dddddd', lw=.6); ax.set_axisbelow(True)
 
-# %% ../../nbs/34_classifier.compare.ipynb #f9ee7ca0
+# %% ../../nbs/34_classifier.compare.ipynb #d6e67ce0
 def plot_groups(
     table, # DataFrame from average_rows
     rows=None, # DataFrame of cells, for a dot per seed

@@ -61,7 +61,7 @@ def swap_bird(spec: Spec  # any image
     "The exact counterfactual of the bird."
     return replace(spec, label=1-spec.label)
 
-# %% ../../nbs/11_data.synthetic.ipynb #8ff9abcc
+# %% ../../nbs/11_data.synthetic.ipynb #d3dfe8e6
 @dataclass(frozen=True)
 class Look:
     "What makes the set easy or hard."
@@ -69,14 +69,14 @@ class Look:
     shape_noise: float = .08   # spread of the shapes within a species
     camouflage: float = 0.     # 0 own colours .. 1 nearly the olive of the woods and the lakes
     bg_mix: float = .4         # share of scenes that hold both water and wood
-    plumage_cue: float = .75   # share of birds in the colours of their species; the rest wear a coat that both families wear
+    plumage_cue: float = .5    # share of birds in the colours of their species; the rest wear a coat that both families wear
 
 # %% ../../nbs/11_data.synthetic.ipynb #98868856
 LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=1.),
          'default': Look(),
          'hard':    Look(fit=(.65, .95), shape_noise=.15, camouflage=.2, plumage_cue=.5)}
 
-# %% ../../nbs/11_data.synthetic.ipynb #07cabecd
+# %% ../../nbs/11_data.synthetic.ipynb #397991dc
 def look_at(difficulty: str|float|Look = 'default', # 'easy', 'default', 'hard', or 0 (easy) .. .5 (default) .. 1 (hard)
             **knobs                                 # fields of Look that differ
            ) -> Look:                               # raises UserError for an unknown difficulty or knob
@@ -148,22 +148,38 @@ def noise(rng: np.random.Generator, # where the values come from
     "Smooth noise: a B-spline surface over random knots."
     return _surface(_sampler(size, rows), rng, rows, cols, _sampler(size, cols))
 
-# %% ../../nbs/11_data.synthetic.ipynb #6f1f696c
+# %% ../../nbs/11_data.synthetic.ipynb #f2828bf9
 @dataclass(frozen=True)
 class Species:
     "The build of a bird; lengths in units of its body, angles in degrees, `colours` as hex codes."
-    name: str
-    label: int
-    pitch: float; depth: float                              # body: chest up, half height
-    neck: float; lean: float; bend: float; neck_r: float    # length, direction, S-shape, half width
-    head: float; bill: float; bill_h: float; taper: float; hook: float; tilt: float
-    leg: float; leg_w: float; webbed: bool
-    tail: float; fan: float; fork: float; cock: float       # length, half width, notch, angle to the body
-    wing: float; crest: float; eye: float
-    colours: dict = field(default_factory=dict, repr=False)
-    patches: tuple = ()                                     # (colour, from, to along the spine, from, to across it)
-    pouch: float = 0.
-    hover: bool = False
+    name: str # of the species
+    label: int # 0 land bird, 1 water bird
+    pitch: float # angle of the body, chest up
+    depth: float # half height of the body
+    neck: float # length of the neck
+    lean: float # direction of the neck
+    bend: float # S-shape of the neck
+    neck_r: float # half width of the neck
+    head: float # radius of the head
+    bill: float # length of the bill
+    bill_h: float # height of the bill at the face
+    taper: float # how fast the bill becomes thin
+    hook: float # bend of the bill's tip
+    tilt: float # angle of the bill
+    leg: float # length of the legs
+    leg_w: float # width of the legs
+    webbed: bool # webbed feet?
+    tail: float # length of the tail
+    fan: float # half width of the tail
+    fork: float # notch of the tail
+    cock: float # angle of the tail to the body
+    wing: float # length of the wing
+    crest: float # length of the crest
+    eye: float # radius of the eye
+    colours: dict = field(default_factory=dict, repr=False) # {part: hex code}
+    patches: tuple = () # (colour, from, to along the spine, from, to across it)
+    pouch: float = 0. # depth of the pouch below the bill
+    hover: bool = False # in the air instead of standing
 
 # %% ../../nbs/11_data.synthetic.ipynb #43830718
 WATER_BIRDS = (
@@ -232,7 +248,7 @@ COATS = tuple(_rgb(c) for c in '8c7a60 6b5a48 a89a80 e4ded0 3c3c42 9a6440 66788c
 # %% ../../nbs/11_data.synthetic.ipynb #d8229fd3
 _varied = 'pitch depth neck lean bend neck_r head bill bill_h leg leg_w tail fan wing crest'.split()
 
-# %% ../../nbs/11_data.synthetic.ipynb #aa9de53f
+# %% ../../nbs/11_data.synthetic.ipynb #dc5bc445
 def individual(spec: Spec, # which bird (`label` and `bird_seed` count)
                look: Look  # how much birds differ
               ) -> tuple:  # its Species record, its colours as (3,) floats, whether they are its own, its generator
@@ -685,7 +701,7 @@ def draw_place(spec: Spec, # which place (`place` and `bg_seed` count)
     scene = ('lake' if at['lake'] else 'ocean') if at['water'] else ('bamboo' if at['bamboo'] else 'broadleaf')
     return img.transpose(2, 0, 1).astype(np.float32), dict(scene=scene, mixed=int(at['mixed']))
 
-# %% ../../nbs/11_data.synthetic.ipynb #e33e5c2a
+# %% ../../nbs/11_data.synthetic.ipynb #24a39cec
 def render(spec: Spec,                            # what is on the image
            size: int = 64,                        # pixels, 16 .. 512
            difficulty: str|float|Look = 'default' # see look_at
@@ -716,7 +732,7 @@ def _map(f, jobs, workers, desc=''):
 # %% ../../nbs/11_data.synthetic.ipynb #fd9bf467
 def _picture(job): return render(*job)[:2]
 
-# %% ../../nbs/11_data.synthetic.ipynb #570b34c7
+# %% ../../nbs/11_data.synthetic.ipynb #4ccb0e97
 def render_many(specs: list,                            # Spec of each image
                 size: int = 64,                         # pixels
                 difficulty: str|float|Look = 'default', # see look_at
@@ -755,7 +771,7 @@ def split_sizes(n: int|tuple  # images in all, or (train, val, test)
     train, val = [max(16, round(n*sum(OFFICIAL[k])/total)) for k in ('train', 'val')]
     return train, val, n-train-val
 
-# %% ../../nbs/11_data.synthetic.ipynb #d34a9842
+# %% ../../nbs/11_data.synthetic.ipynb #b4a6bda3
 def sample_specs(n: int|tuple = 11788,  # images in all, or (train, val, test)
                  bias: float = .95,     # share of the training images whose place fits the bird
                  seed: int = 0          # another seed: other birds, other places
@@ -807,7 +823,7 @@ def _there(root, recipe):
     if not same: raise UserError(f'{root}: holds another set; choose another folder or remove this one')
     return True
 
-# %% ../../nbs/11_data.synthetic.ipynb #baa012f2
+# %% ../../nbs/11_data.synthetic.ipynb #89a8de68
 def make_waterbirds(root: str|Path,                         # the folder to write
                     n: int|tuple = 11788,                   # images in all (as many as the real set), or (train, val, test)
                     size: int = 64,                         # pixels, 64 .. 224
@@ -833,7 +849,7 @@ def make_waterbirds(root: str|Path,                         # the folder to writ
     _csv(root/'metadata.csv', 'img_id img_filename y split place place_filename'.split(), rows)
     return root
 
-# %% ../../nbs/11_data.synthetic.ipynb #f6e46e8f
+# %% ../../nbs/11_data.synthetic.ipynb #5b8fa0b8
 def read_specs(root: str|Path  # a folder that make_waterbirds wrote
               ) -> tuple:      # Specs in the order of metadata.csv, Look, size in pixels
     "What is needed to draw a set again, or its twins."
@@ -847,7 +863,7 @@ def read_specs(root: str|Path  # a folder that make_waterbirds wrote
     except (KeyError, TypeError, ValueError): raise UserError(f'{root}: synthetic.json or specs.csv is damaged; write the set again') from None
     return specs, look, size
 
-# %% ../../nbs/11_data.synthetic.ipynb #aae65828
+# %% ../../nbs/11_data.synthetic.ipynb #5095a4d3
 def show_samples(specs: list,                            # Specs, for example 24 of `sample_specs()['train']`
                  size: int = 64,                         # pixels
                  cols: int = 8,                          # pictures per row
@@ -866,7 +882,7 @@ def show_samples(specs: list,                            # Specs, for example 24
         if names: ax.set_title(f'{info["species"]}, {info["scene"]}', fontsize=7, pad=2)
     return fig
 
-# %% ../../nbs/11_data.synthetic.ipynb #46954ef0
+# %% ../../nbs/11_data.synthetic.ipynb #f3b7859b
 def show_twins(specs: list,                            # Specs, one column each
                size: int = 128,                        # pixels
                difficulty: str|float|Look = 'default', # see look_at

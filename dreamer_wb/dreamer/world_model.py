@@ -22,7 +22,7 @@ from .distributions import Bernoulli, TwoHot, sum_mse, symexp_bins
 from .networks import ConvDecoder, ConvEncoder, format_table, layer_table, mlp
 from .rssm import RSSM
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #795af823
+# %% ../../nbs/23_dreamer.world_model.ipynb #0857f58f
 class Latent(NamedTuple):
     "What the encoder says about images: the posterior state."
     stoch: Tensor # (N, S) or (B, T, S)
@@ -143,7 +143,7 @@ def summary(self: DreamerWorldModel):
     self.train(training)
     print(format_table(rows))
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #1eea6b4d
+# %% ../../nbs/23_dreamer.world_model.ipynb #8958294e
 @patch
 def rollout(self: DreamerWorldModel,
     z0,              # (N, S) `stoch` from the encoder, a Latent, or a state
@@ -208,7 +208,7 @@ def spread(
     "Root mean square deviation of images (or latents) from their mean."
     return x.var(0, correction=0).mean().sqrt().item()
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #836a7466
+# %% ../../nbs/23_dreamer.world_model.ipynb #2c469990
 @torch.no_grad()
 def image_report(
     world: DreamerWorldModel, # any world model; its mode is left as it was
@@ -249,7 +249,7 @@ def image_rows(
     picture = torch.cat([torch.cat(list(pad(r)), -1) for r in rows], 1)                    # (3, rows, columns)
     return picture[:, :picture.shape[1] - gap, :picture.shape[2] - gap].permute(1, 2, 0).contiguous().numpy()
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #cf4ffa24
+# %% ../../nbs/23_dreamer.world_model.ipynb #5f20b6cd
 def show_picture(
     picture: np.ndarray, # (height, width, 3) uint8
     title: str = '',     # above it
@@ -267,12 +267,12 @@ def show_picture(
 def plot_reconstructions(
     obs: Tensor,   # (n, 3, H, W) uint8
     recon: Tensor, # (n, 3, H, W) float in [-0.5, 0.5]
-    title: str = 'images above, reconstructions below',
+    title: str = 'images above, reconstructions below', # above the picture
 ):                 # matplotlib Figure
     "Images above their reconstructions."
     return show_picture(image_rows(obs, recon), title)
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #f48130fd
+# %% ../../nbs/23_dreamer.world_model.ipynb #ad65d4d6
 def open_stores(
     cfg: TrainConfig, # `data_dir`, or the `offline_…_dir`s
 ) -> tuple: # training and validation EpisodeStore
@@ -294,7 +294,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #d8c1f21d
+# %% ../../nbs/23_dreamer.world_model.ipynb #4c3b7e54
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -343,7 +343,7 @@ def train_world_model(
         facts.update(psnr=report['psnr'])
     return run
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #cfde2995
+# %% ../../nbs/23_dreamer.world_model.ipynb #71303e3f
 def picture_callback(
     store,   # EpisodeStore
     figures, # folder for the pictures
@@ -354,7 +354,7 @@ def picture_callback(
         def after_epoch(self): save_pictures(self.model, store, Path(figures) / f'reconstructions_{self.train_iter:06d}.png')
     return Pictures()
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #16093a78
+# %% ../../nbs/23_dreamer.world_model.ipynb #ab6985a3
 @torch.no_grad()
 def open_loop(
     world: DreamerWorldModel, # any world model; `eval()` for the most probable future
