@@ -43,7 +43,7 @@ class UserError(Exception):
 _no_room = dict(ENOSPC='the disk is full', EDQUOT='the disk quota is used up', EFBIG='the file would exceed the size limit')
 _no_room = {getattr(errno, k): v for k, v in _no_room.items() if hasattr(errno, k)}
 
-# %% ../../nbs/01_core.runs.ipynb #6be6fb7e
+# %% ../../nbs/01_core.runs.ipynb #86415c76
 def write_error(e: OSError,     # what the system said
                 path: str|Path  # the file that could not be written
                ) -> Exception:  # a UserError where the user can mend it, else `e` itself
@@ -99,7 +99,7 @@ def _finite(x):
     if isinstance(x, list): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
-# %% ../../nbs/01_core.runs.ipynb #139fbef6
+# %% ../../nbs/01_core.runs.ipynb #5c60f4d3
 def write_json(path: str|Path, # the file
                data: object    # anything that plain understands
               ):
@@ -354,7 +354,7 @@ def _begin(self: Run):
     same = past and {**past[-1], 'time': 0, 'command': ''} == {**now, 'time': 0, 'command': ''}
     if not same: write_json(file, [*past, now])
 
-# %% ../../nbs/01_core.runs.ipynb #e94834e4
+# %% ../../nbs/01_core.runs.ipynb #5c4c8cea
 @patch(as_prop=True)
 def environments(self: Run) -> list: # of dicts as environment returns
     "Where the run was worked on: one entry, or more if it went on elsewhere."
@@ -391,13 +391,10 @@ def done(self: Run,
     "Has the stage been finished?"
     return self.stages().get(name, {}).get('done', False)
 
-# %% ../../nbs/01_core.runs.ipynb #8deaa4d4
-@patch
+# %% ../../nbs/01_core.runs.ipynb #21f5ade4
 @contextmanager
-def stage(self: Run,
-          name: str # of the stage
-         ):
-    "Time the body; the stage is done if it ends without an exception. Facts put into the yielded dict are kept."
+def _timed(self, name):
+    "Body of `Run.stage`."
     facts, start, cpu, done = {}, time.time(), _cpu_seconds(), False
     try:
         yield facts
@@ -410,7 +407,14 @@ def stage(self: Run,
                             cpu_seconds=round(before.get('cpu_seconds', 0) + _cpu_seconds() - cpu, 3), **facts)
         write_json(self.path/'stages.json', stages)
 
-# %% ../../nbs/01_core.runs.ipynb #ed97a7a0
+@patch
+def stage(self: Run,
+          name: str # of the stage
+         ):         # context manager that yields a dict for facts
+    "Time the body; the stage is done if it ends without an exception. Facts put into the yielded dict are kept."
+    return _timed(self, name)
+
+# %% ../../nbs/01_core.runs.ipynb #bc5b231a
 def read_metrics(source              # a `metrics.csv`, a Run, a list of rows (dicts) or a DataFrame
                 ):                   # DataFrame, one row per logged step
     "The record of a training as a DataFrame; `UserError` if there is none."
@@ -424,7 +428,7 @@ def read_metrics(source              # a `metrics.csv`, a Run, a list of rows (d
     try: return pd.DataFrame(rows).replace('', 'nan').astype(float).astype(dict(step=int))
     except (KeyError, ValueError): raise UserError(f'{path}: damaged or not a record of a training; give the metrics.csv of a run') from None
 
-# %% ../../nbs/01_core.runs.ipynb #ca147f74
+# %% ../../nbs/01_core.runs.ipynb #3d83304a
 def plot_losses(source,                         # anything that read_metrics reads
                 names: list[str]|None = None,   # which columns; None: all but time and learning rate
                 columns: int = 3                # panels in a row

@@ -143,7 +143,7 @@ def summary(self: DreamerWorldModel):
     self.train(training)
     print(format_table(rows))
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #8958294e
+# %% ../../nbs/23_dreamer.world_model.ipynb #7ce4285a
 @patch
 def rollout(self: DreamerWorldModel,
     z0,              # (N, S) `stoch` from the encoder, a Latent, or a state
@@ -157,12 +157,11 @@ def rollout(self: DreamerWorldModel,
     return self.dynamics.feat(self.dynamics.imagine(actions, state))
 
 @patch
-@torch.no_grad()
 def reconstruct(self: DreamerWorldModel,
     obs: Tensor, # (N, 3, H, W) or (B, T, 3, H, W) uint8
 ) -> Tensor: # same shape, float in [-0.5, 0.5]
-    "Encode and decode."
-    return self.decoder(self.encoder(obs).feat)
+    "Encode and decode, without gradients."
+    with torch.no_grad(): return self.decoder(self.encoder(obs).feat)
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #d3c5cc86
 @patch
