@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'CONFIGS', 'choice', 'at_least', 'items', 'EncoderConfig', 'DecoderConfig', 'DynamicsConfig', 'HeadsConfig',
-           'ScalesConfig', 'WorldModelConfig', 'LoopConfig', 'DreamerConfig', 'TrainConfig', 'leaves', 'to_dict',
-           'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'register', 'compose']
+           'ScalesConfig', 'RepresentationConfig', 'WorldModelConfig', 'LoopConfig', 'DreamerConfig', 'TrainConfig',
+           'leaves', 'to_dict', 'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'register',
+           'compose']
 
 # %% ../../nbs/00_core.config.ipynb #37b80448
 import dataclasses
@@ -49,11 +50,11 @@ class EncoderConfig:
     norm: str = choice('none', 'layer', 'group', 'batch', 'rms') # normalisation after each convolution
     act: str = choice('silu', 'relu', 'elu', 'gelu') # activation
 
-# %% ../../nbs/00_core.config.ipynb #e92a67c4
+# %% ../../nbs/00_core.config.ipynb #469787d2
 @dataclass
 class DecoderConfig:
     "Image decoder: the encoder upside down."
-    kind: str = choice('strided', 'pool') # strided: transposed 4x4 convolution; pool: nearest-neighbour doubling, then convolution
+    kind: str = choice('strided', 'pool', 'none') # strided: transposed 4x4 convolution; pool: nearest-neighbour doubling, then convolution; none: no decoder, see representation
     depth: int = at_least(24, 1) # channels before the image
     mults: List[int] = items(1, 2, 4, 8) # channels of each stage as multiples of `depth`
     kernel: int = at_least(4, 1) # side of the convolution kernel; 4 for strided, odd for pool
@@ -80,7 +81,7 @@ class DynamicsConfig:
     act: str = choice('silu', 'relu', 'elu', 'gelu') # activation
     norm: str = choice('rms', 'layer', 'none') # normalisation inside
 
-# %% ../../nbs/00_core.config.ipynb #3f2a8f21
+# %% ../../nbs/00_core.config.ipynb #26874bc3
 @dataclass
 class HeadsConfig:
     "Heads beside the image: reward (two-hot) and continue (Bernoulli). Still images have nothing to say to either."
@@ -98,8 +99,22 @@ class ScalesConfig:
     rep: float = at_least(0.1, 0) # KL that trains the posterior
     reward: float = at_least(1.0, 0) # reward head
     cont: float = at_least(1.0, 0) # continue head
+    representation: float = at_least(1.0, 0) # loss named by representation.kind
 
-# %% ../../nbs/00_core.config.ipynb #5dcc4423
+# %% ../../nbs/00_core.config.ipynb #54abffea
+@dataclass
+class RepresentationConfig:
+    "A loss that shapes the latent without pixels."
+    kind: str = choice('none', 'r2', 'barlow', 'infonce', 'simclr', 'mudreamer') # which loss
+    width: int = at_least(256, 2) # outputs of the projectors and bound on the embedding; Barlow's matrix has its square
+    hidden: int = at_least(512, 1) # units of the projector's hidden layer
+    temperature: float = at_least(0.2, 0.001) # infonce, simclr: divides the similarities
+    redundancy: float = at_least(0.005, 0) # r2, barlow: weight of correlations between different units
+    crop: float = at_least(0.4, 0.01) # barlow, simclr: smallest share of the area that a view keeps, 1 = no crops
+    colour: float = at_least(0.4, 0) # barlow, simclr: strength of the colour jitter, 0 = none
+    discount: float = at_least(0.99, 0) # mudreamer: of later rewards in the value
+
+# %% ../../nbs/00_core.config.ipynb #c6403558
 @dataclass
 class WorldModelConfig:
     "All that is needed to build a world model; saved in its checkpoints."
@@ -109,6 +124,7 @@ class WorldModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig) # image decoder
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig) # recurrent state-space model
     heads: HeadsConfig = field(default_factory=HeadsConfig) # reward and continue heads
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig) # loss beside or instead of the decoder
     scales: ScalesConfig = field(default_factory=ScalesConfig) # weight of each loss
 
 # %% ../../nbs/00_core.config.ipynb #6fe00e67
@@ -356,7 +372,7 @@ def register(
     store.store(name=name, node={'defaults': [f'{name}_schema', *([{group: None}] if group else []), '_self_']})
     return name
 
-# %% ../../nbs/00_core.config.ipynb #d28037db
+# %% ../../nbs/00_core.config.ipynb #7a9ad061
 def compose(
     schema:type, # dataclass of the command, e.g. TrainConfig
     overrides:List[str]=(), # `key=value` strings in Hydra's grammar; `experiment=` a preset or a file
