@@ -398,7 +398,7 @@ def few_threads(
     from dreamer_wb.core.learner import cpu_settings
     with cpu_settings(threads), threadpool_limits(threads or None): yield
 
-# %% ../../nbs/34_classifier.compare.ipynb #2c0921ee
+# %% ../../nbs/34_classifier.compare.ipynb #4afa3f71
 def _chain(bench, model, seed, show=False):
     "All methods of one model with one seed, in order; yields rows."
     methods = bench.cfg.resnet.methods if model == 'resnet50' and bench.cfg.resnet.methods else bench.cfg.methods
@@ -411,16 +411,17 @@ def _chain_rows(bench, model, seed):
     "`_chain` in another process: rows and the warnings that were given."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
-        rows = list(_chain(bench, model, seed))
+        try: rows = list(_chain(bench, model, seed))
+        except (KeyboardInterrupt, SystemExit): os._exit(1)                   # its checkpoint is written; a pool would give it more work
     return rows, sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
 
-# %% ../../nbs/34_classifier.compare.ipynb #763e6959
+# %% ../../nbs/34_classifier.compare.ipynb #89f296d9
 def _in_processes(bench, chains, bar):
     "All chains, and the maps of the latents, in several processes; the first error stops the others."
-    import multiprocessing as mp
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
-    rows, pool = {}, ProcessPoolExecutor(bench.cfg.workers, mp.get_context('spawn'))
+    from multiprocessing import get_context
+    rows, pool = {}, ProcessPoolExecutor(bench.cfg.workers, get_context('spawn'))
     try:
         jobs = {pool.submit(_chain_rows, bench, *chain): chain for chain in chains}
         jobs.update({pool.submit(_map_points, bench, kind): None for kind in bench.cfg.maps if 'dreamer' in bench.files})
@@ -434,6 +435,7 @@ def _in_processes(bench, chains, bar):
     finally: _stop(pool, all(job.done() for job in jobs))
     return rows
 
+# %% ../../nbs/34_classifier.compare.ipynb #d8a98fa3
 def _stop(pool, finished):
     "End the pool: when it has nothing to do, or at once if it was interrupted."
     processes = [] if finished else list((pool._processes or {}).values())
@@ -442,6 +444,7 @@ def _stop(pool, finished):
     for p in processes:
         p.join(20)
         p.kill()
+        p.join()
 
 # %% ../../nbs/34_classifier.compare.ipynb #abd5fdbd
 def _all_rows(bench):

@@ -155,7 +155,7 @@ class DreamerConfig:
     use_policy: bool = False # train a policy in imagination
     use_value: bool = False # train a value function in imagination
 
-# %% ../../nbs/00_core.config.ipynb #669e44d0
+# %% ../../nbs/00_core.config.ipynb #47a86306
 @dataclass
 class TrainConfig(WorldModelConfig):
     "Everything that `dreamer-wb train` reads."
@@ -171,6 +171,7 @@ class TrainConfig(WorldModelConfig):
     batch_size: int = at_least(32, 1) # episodes in a batch
     batch_length: int = at_least(1, 1) # steps of each; 1 for still images
     repeat: int = at_least(1, 1) # show a still image this many times in a row, as an episode with the action "do nothing"
+    flip: bool = False # mirror training images left to right at random; not where actions know left from right
     dreamer: DreamerConfig = field(default_factory=DreamerConfig) # agent parts
     loop: LoopConfig = field(default_factory=LoopConfig) # training loop
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'KEYS', 'STORE_FORMAT', 'image_to_float', 'float_to_image', 'show_images', 'check_episode',
-           'write_episode', 'read_episode', 'EpisodeStore', 'Batches', 'show_batch', 'Sequential']
+           'write_episode', 'read_episode', 'EpisodeStore', 'Batches', 'show_batch', 'mirror', 'Sequential']
 
 # %% ../../nbs/12_data.episodes.ipynb #c8339f0c
 import difflib, hashlib, json, os, shutil, tempfile, time, zipfile
@@ -441,7 +441,7 @@ def _check(self: _Windows):
     lack = [k for k in self.keys if k not in s.keys or KEYS[k][0] == '']
     if lack: raise UserError(f"{where}: the episodes have no {lack[0]!r} for each step; they have {', '.join(s.keys)}")
 
-# %% ../../nbs/12_data.episodes.ipynb #35237b0d
+# %% ../../nbs/12_data.episodes.ipynb #7e693b3d
 class Batches(_Windows):
     "Training batches: `batches(step)` is a dict of tensors, a pure function of `seed` and `step`."
     def __init__(
@@ -454,14 +454,16 @@ class Batches(_Windows):
         weights = None, # (N,) how often each episode of the store is drawn, relatively; None: all windows in turn
         indices = None, # episodes to choose from; None: all
         keys: tuple = (), # further keys, such as 'mask'
+        flip: bool = False, # mirror half of the windows left to right
     ):
         super().__init__(store, batch_size, length, repeat, indices, keys)
-        self.seed, self.weights, self._epoch = int(seed), None, (None, None)
+        self.seed, self.flip, self.weights, self._epoch = int(seed), flip, None, (None, None)
         if weights is not None: self.weights = self._cumulative(np.asarray(weights, np.float64))
 
     def __call__(self, step: int) -> dict:
         index, start = (self._in_turn if self.weights is None else self._drawn)(int(step))
-        return _gather(self.store, index, start, self.length, self.repeat, self.keys)
+        batch = _gather(self.store, index, start, self.length, self.repeat, self.keys)
+        return mirror(batch, np.random.default_rng([self.seed, int(step), 2]).random(len(index)) < .5) if self.flip else batch
 
 # %% ../../nbs/12_data.episodes.ipynb #a6caf6c8
 @patch
@@ -513,7 +515,7 @@ def _drawn(
     index = self.indices[which]
     return index, rng.integers(0, self.store.lengths[index] - self.length + 1)
 
-# %% ../../nbs/12_data.episodes.ipynb #5e3e1c40
+# %% ../../nbs/12_data.episodes.ipynb #8c88d9e9
 def show_batch(
     batch: dict, # from Batches or Sequential
     n: int = 4, # episodes to show
@@ -529,6 +531,16 @@ def show_batch(
             x, y = t * (W + gap) + dx - 0.5, i * (H + gap) + gap - 0.5
             fig.axes[0].plot([x, x], [y, y + H], color=colour, lw=gap * width / W / 2, clip_on=False, solid_capstyle='butt')
     return fig
+
+# %% ../../nbs/12_data.episodes.ipynb #8bba4629
+def mirror(
+    batch: dict, # from `Batches` or `Sequential`
+    which: np.ndarray, # (B,) bool, windows to mirror
+) -> dict: # the same dict
+    "Mirror pictures and masks left to right."
+    which = torch.from_numpy(which)
+    for k in batch.keys() & {'obs', 'mask'}: batch[k][which] = batch[k][which].flip(-1)
+    return batch
 
 # %% ../../nbs/12_data.episodes.ipynb #b087e143
 class Sequential(_Windows):

@@ -293,7 +293,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #4c3b7e54
+# %% ../../nbs/23_dreamer.world_model.ipynb #4c699fb0
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -303,7 +303,7 @@ def batches_for(
     if cfg.repeat > 1 and cfg.batch_length not in (1, cfg.repeat):
         raise UserError(f'batch_length={cfg.batch_length} with repeat={cfg.repeat}: a repeated image is an episode of {cfg.repeat} steps; leave batch_length at 1')
     length = 1 if cfg.repeat > 1 else cfg.batch_length
-    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed), Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat))
+    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, flip=cfg.flip), Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat))
 
 @torch.no_grad()
 def save_pictures(

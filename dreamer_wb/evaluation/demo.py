@@ -21,7 +21,7 @@ from ..data.prepare import PrepareConfig, prepare
 from ..dreamer.world_model import train_world_model
 from .report import ReportConfig, report
 
-# %% ../../nbs/71_evaluation.demo.ipynb #71b36e2b
+# %% ../../nbs/71_evaluation.demo.ipynb #0abc5f0f
 @lru_cache
 def _train() -> TrainConfig: # the preset `demo`
     "How the demo trains its world model unless told otherwise."
@@ -29,7 +29,7 @@ def _train() -> TrainConfig: # the preset `demo`
 
 def _classify() -> ClassifyConfig: # one seed, a short ResNet-50 from scratch
     "What the demo compares unless told otherwise."
-    resnet = dict(weights='none', epochs=3, evals=3, methods=['erm'])
+    resnet = dict(weights='none', epochs=2, evals=2, methods=['erm'])
     return from_dict(ClassifyConfig, dict(seeds=[0], workers=2, resnet=resnet))
 
 # %% ../../nbs/71_evaluation.demo.ipynb #55060b87
