@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'fan_in_normal_', 'init_weights', 'RMSNorm', 'vector_norm', 'activation', 'PixelNorm', 'image_norm',
-           'BlockLinear', 'plot_blocks', 'mlp', 'smallest_side', 'down_stage', 'ConvEncoder', 'up_stage', 'ConvDecoder',
-           'layer_table', 'format_table']
+           'BlockLinear', 'hold_blocks', 'plot_blocks', 'mlp', 'smallest_side', 'down_stage', 'ConvEncoder', 'up_stage',
+           'ConvDecoder', 'layer_table', 'format_table']
 
-# %% ../../nbs/21_dreamer.networks.ipynb #82da51a1
+# %% ../../nbs/21_dreamer.networks.ipynb #6bf61d73
 import math
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.config import DecoderConfig, EncoderConfig
+from ..core.deferred import Block, Held, holds
 from ..core.runs import UserError
 
 # %% ../../nbs/21_dreamer.networks.ipynb #4e925dc1
@@ -106,7 +107,7 @@ class BlockLinear(nn.Module):
 
     def extra_repr(self): return f'{self.n_in}, {self.n_out}, groups={self.groups}'
 
-# %% ../../nbs/21_dreamer.networks.ipynb #6198d2ee
+# %% ../../nbs/21_dreamer.networks.ipynb #469479f8
 @patch
 def blocks(self: BlockLinear,
     x: Tensor, # (G, N, in/G)
@@ -127,6 +128,13 @@ def forward(self: BlockLinear,
 ) -> Tensor: # (N, out)
     "The layer on flat vectors."
     return self.blocks(self.split(x)).transpose(0, 1).flatten(1)
+
+@holds(BlockLinear)
+def hold_blocks(
+    layer: BlockLinear, # any block-diagonal layer
+) -> dict: # {'blocks': ...}
+    "The layer inside `deferred`."
+    return dict(blocks=Held(Block, layer.weight, layer.bias))
 
 # %% ../../nbs/21_dreamer.networks.ipynb #a641f661
 def plot_blocks(
@@ -270,7 +278,7 @@ def layer_table(
         if any(True for _ in module.parameters()): rows.setdefault(name, (name, type(module).__name__, '', sum(p.numel() for p in module.parameters())))
     return list(rows.values())
 
-# %% ../../nbs/21_dreamer.networks.ipynb #f8514aa2
+# %% ../../nbs/21_dreamer.networks.ipynb #2d9ed297
 def format_table(
     rows: list, # from layer_table
 ) -> str:       # one line per layer, then one per part, then the total
