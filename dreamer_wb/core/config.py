@@ -129,17 +129,17 @@ class WorldModelConfig:
     representation: RepresentationConfig = field(default_factory=RepresentationConfig) # loss beside or instead of the decoder
     scales: ScalesConfig = field(default_factory=ScalesConfig) # weight of each loss
 
-# %% ../../nbs/00_core.config.ipynb #6fe00e67
+# %% ../../nbs/00_core.config.ipynb #d8676350
 @dataclass
 class LoopConfig:
     "How long, how fast and how closely watched a model is trained."
     steps: int = at_least(2000, 1) # optimizer updates
     lr: float = at_least(6e-4, 0) # learning rate
     weight_decay: float = at_least(0.0, 0) # decoupled weight decay
-    warmup: float = at_least(0.02, 0) # share of the steps over which the learning rate rises from 0
+    warmup: float = at_least(0.02, 0) # over what share of the steps the learning rate rises from 0; 1 or more: over how many steps
     schedule: str = choice('constant', 'cosine', 'onecycle') # learning rate after the warm-up
-    opt: str = choice('adamw', 'sgd') # optimizer; sgd has momentum 0.9
-    clip: float = at_least(100.0, 0) # largest norm of the gradient, 0 = no clipping
+    opt: str = choice('adamw', 'sgd', 'laprop') # optimizer; sgd has momentum 0.9; laprop is DreamerV3's, with loop.lr=4e-5 loop.warmup=1000
+    clip: float = at_least(100.0, 0) # largest norm of the gradient, 0 = no clipping; laprop clips by itself
     amp: str = choice('auto', 'off', 'bf16') # bfloat16 autocast; auto: on a GPU, or a CPU with AMX
     threads: int = at_least(1, 0) # CPU threads of torch; small models run fastest on 1, 0 = torch decides
     log_every: int = at_least(50, 1) # steps between two rows of metrics.csv
@@ -147,6 +147,7 @@ class LoopConfig:
     checkpoint_seconds: float = at_least(60.0, 0) # seconds between two checkpoints
     progress: bool = True # show a progress bar
     tensorboard: bool = True # write TensorBoard files into the run folder
+    mlflow: bool = False # log to MLflow: to MLFLOW_TRACKING_URI, else to mlflow.db in the run folder
     wandb: bool = False # log to Weights & Biases; WANDB_MODE=offline works
     wandb_project: str = 'dreamer_wb' # its project
 
