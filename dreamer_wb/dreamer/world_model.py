@@ -7,7 +7,7 @@ __all__ = ['DYNAMICS', 'Latent', 'LatentEncoder', 'read_images', 'LatentDecoder'
            'image_report', 'image_rows', 'show_picture', 'plot_reconstructions', 'open_stores', 'pick_device',
            'batches_for', 'save_pictures', 'train_world_model', 'picture_callback', 'open_loop', 'plot_open_loop']
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #f0e2b82c
+# %% ../../nbs/23_dreamer.world_model.ipynb #556d9149
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ..core.runs import Run, UserError, atomic_write, load_checkpoint, save_chec
 from ..data.episodes import Batches, EpisodeStore, Sequential, float_to_image, image_to_float
 from .distributions import Bernoulli, TwoHot, sum_mse, symexp_bins
 from .networks import ConvDecoder, ConvEncoder, format_table, layer_table, mlp
+from .representation import REPRESENTATIONS
 from .rssm import RSSM
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #0857f58f
@@ -72,11 +73,11 @@ def read_images(
     "`image_to_float` for sequences; anything but uint8 is a `TypeError`."
     return image_to_float(obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, obs.shape[:2])
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #2d7cdf38
+# %% ../../nbs/23_dreamer.world_model.ipynb #ed5919c2
 class LatentDecoder(nn.Module):
     "Latents to images; `stoch` alone is completed with the memory of a first step."
     def __init__(self,
-        net: nn.Module,      # (N, F) to (N, 3, H, W)
+        net: nn.Module|None, # (N, F) to (N, 3, H, W); None: the model has no decoder
         dynamics: nn.Module, # knows the sizes and completes states
     ):
         super().__init__()
@@ -87,13 +88,14 @@ class LatentDecoder(nn.Module):
 def forward(self: LatentDecoder,
     z: Tensor, # (..., F) features or (..., S) stochastic latents
 ) -> Tensor: # (..., 3, H, W) float in [-0.5, 0.5]
-    "Draw images."
+    "Draw images; raises `UserError` if the model was built without a decoder."
     dyn = self.dynamics
+    if self.net is None: raise UserError('this model has no decoder (decoder.kind=none), so it cannot draw; train one with decoder.kind=strided to see images')
     if z.shape[-1] == dyn.n_stoch: z = dyn.feat(dyn.complete(z))
     if z.shape[-1] != dyn.n_feat: raise UserError(f'latents {tuple(z.shape)}: the last axis must be {dyn.n_feat} (feat) or {dyn.n_stoch} (stoch)')
     return self.net(z.reshape(-1, dyn.n_feat)).unflatten(0, z.shape[:-1])
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #ed71a225
+# %% ../../nbs/23_dreamer.world_model.ipynb #79ba6754
 DYNAMICS = {'rssm': RSSM} # name in the config -> class
 
 class DreamerWorldModel(nn.Module):
@@ -107,30 +109,47 @@ class DreamerWorldModel(nn.Module):
         net = ConvEncoder(cfg.size, cfg.encoder)
         self.dynamics = DYNAMICS[cfg.dynamics.name](net.n_out, cfg.action_dim, cfg.dynamics)
         self.encoder = LatentEncoder(net, self.dynamics)
-        self.decoder = LatentDecoder(ConvDecoder(cfg.size, self.dynamics.n_feat, cfg.decoder), self.dynamics)
+        draw = cfg.decoder.kind != 'none'
+        self.decoder = LatentDecoder(ConvDecoder(cfg.size, self.dynamics.n_feat, cfg.decoder) if draw else None, self.dynamics)
         head = lambda n_out, scale: mlp(self.dynamics.n_feat, cfg.heads.layers, cfg.heads.units, n_out, scale=scale)
         self.heads = nn.ModuleDict()
         if cfg.heads.reward: self.heads['reward'] = head(cfg.heads.bins, 0.)    # predicts exactly 0 at the start
         if cfg.heads.cont: self.heads['cont'] = head(1, 1.)
         self.register_buffer('bins', symexp_bins(cfg.heads.bins), persistent=False)
-        self.scales = {k: getattr(cfg.scales, k) for k in ('image', 'dyn', 'rep', *self.heads)}
+        kind, sizes = cfg.representation.kind, (self.dynamics.n_feat, net.n_out, cfg.action_dim)
+        self.representation = REPRESENTATIONS[kind](cfg.representation, *sizes) if kind != 'none' else None
+        extra = ['representation'] * (kind != 'none')
+        self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)}
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #20c7e7ec
+# %% ../../nbs/23_dreamer.world_model.ipynb #9df1afd2
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
 ) -> tuple: # losses {name: (B, T)}, metrics {name: scalar}
     "All losses of a batch of sequences."
-    target = read_images(batch['obs'])
-    trace = self.dynamics.observe(self.encoder.embed(target), batch['act'], batch['first'])
-    feat = self.dynamics.feat(trace.post)
-    losses = {'image': sum_mse(self.decoder(feat), target), **self.dynamics.losses(trace)}
+    image = read_images(batch['obs'])
+    embed = self.encoder.embed(image)
+    trace = self.dynamics.observe(embed, batch['act'], batch['first'])
+    feat, losses, metrics = self.dynamics.feat(trace.post), self.dynamics.losses(trace), {}
+    if 'image' in self.scales: losses['image'] = sum_mse(self.decoder(feat), image)
     if 'reward' in self.heads: losses['reward'] = TwoHot(self.heads['reward'](feat), self.bins).loss(batch['rew'])
     if 'cont' in self.heads: losses['cont'] = Bernoulli(self.heads['cont'](feat).squeeze(-1)).loss(~batch['done'])
+    if self.representation is not None:
+        losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
     with torch.no_grad():
-        kl = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
-        psnr = -10 * (losses['image'].mean() / target[0, 0].numel()).log10()
-    return losses, {'kl': kl, 'psnr': psnr}
+        metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
+        if 'image' in losses: metrics['psnr'] = -10 * (losses['image'].mean() / image[0, 0].numel()).log10()
+    return {k: losses[k] for k in self.scales}, metrics
+
+@patch
+def _look(self: DreamerWorldModel,
+    image: Tensor, # (n*B, T, 3, H, W) float, n versions of every episode
+    act: Tensor,   # (B, T, A)
+    first: Tensor, # (B, T) bool
+) -> Tensor: # (n*B, T, F)
+    "Features of other versions of the images of a batch."
+    n = len(image) // len(act)
+    return self.dynamics.feat(self.dynamics.observe(self.encoder.embed(image), act.repeat(n, 1, 1), first.repeat(n, 1)).post)
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #fb7e1d9a
 @patch
@@ -207,14 +226,14 @@ def spread(
     "Root mean square deviation of images (or latents) from their mean."
     return x.var(0, correction=0).mean().sqrt().item()
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #2c469990
+# %% ../../nbs/23_dreamer.world_model.ipynb #15746f20
 @torch.no_grad()
 def image_report(
     world: DreamerWorldModel, # any world model; its mode is left as it was
     store,                    # EpisodeStore; the first image of each episode is used
     n: int = 1000,            # images, spread evenly over the store
     batch_size: int = 64,     # images at a time
-) -> dict: # n, psnr, psnr_mean_image, psnr_shuffled, std_ratio, chroma_ratio, kl, active_units
+) -> dict: # n, psnr, psnr_mean_image, psnr_shuffled, std_ratio, chroma_ratio (these five need a decoder), kl, active_units
     "Measure reconstructions and latents on held-out images."
     training, device = world.training, next(world.parameters()).device
     index = np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int))
@@ -222,20 +241,24 @@ def image_report(
     world.eval()
     parts = [_encode_decode(world, x.to(device)) for x in obs.split(batch_size)]
     world.train(training)
-    recon, mean, kl = (torch.cat(x) for x in zip(*parts))
+    mean, kl, *recon = (torch.cat(x) for x in zip(*parts))
     image, active = image_to_float(obs), mean.var(0, correction=0) > .01                   # (n, 3, H, W), (S,) or (K, C)
-    return dict(n=len(index), psnr=psnr(recon, image), psnr_mean_image=psnr(image.mean(0).expand_as(image), image),
-                psnr_shuffled=psnr(recon.roll(len(recon) // 2, 0), image), std_ratio=spread(recon) / spread(image),
-                chroma_ratio=chroma(recon) / chroma(image), kl=kl.mean().item(),
-                active_units=(active.any(-1) if active.ndim > 1 else active).float().mean().item())
+    active = (active.any(-1) if active.ndim > 1 else active).float().mean().item()
+    pictures = _compare(recon[0], image) if recon else {}
+    return dict(n=len(index), **pictures, kl=kl.mean().item(), active_units=active)
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #29abe7d6
+# %% ../../nbs/23_dreamer.world_model.ipynb #e7a920c4
 def _encode_decode(world, obs):
-    "Reconstructions (n,3,H,W), means of the latent and KL (n,) of uint8 images, on the CPU."
+    "Means of the latent, KL (n,) and, if there is a decoder, reconstructions (n,3,H,W) of uint8 images, on the CPU."
     latent, dyn = world.encoder(obs), world.dynamics
     post, prior = dyn.dist(latent.state), dyn.dist(dyn.stats(dyn.prior(latent.deter)))
-    mean = post.mean if dyn.gaussian else post.probs
-    return world.decoder(latent.feat).cpu(), mean.cpu(), post.kl(prior).cpu()
+    mean, recon = post.mean if dyn.gaussian else post.probs, [world.decoder(latent.feat).cpu()] if 'image' in world.scales else []
+    return mean.cpu(), post.kl(prior).cpu(), *recon
+
+def _compare(recon, image):
+    "Reconstructions (n,3,H,W) against images of the same shape."
+    return dict(psnr=psnr(recon, image), psnr_mean_image=psnr(image.mean(0).expand_as(image), image),
+                psnr_shuffled=psnr(recon.roll(len(recon) // 2, 0), image), std_ratio=spread(recon) / spread(image), chroma_ratio=chroma(recon) / chroma(image))
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #f4885d22
 def image_rows(
@@ -293,7 +316,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #4c699fb0
+# %% ../../nbs/23_dreamer.world_model.ipynb #f05a867a
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -312,15 +335,16 @@ def save_pictures(
     path,                     # the `.png` file
     n: int = 10,              # images, spread evenly over the store
 ):
-    "Write images above their reconstructions as a picture file."
+    "Write images above their reconstructions as a picture file; nothing if there is no decoder."
     from PIL import Image
+    if 'image' not in world.scales: return
     obs = torch.from_numpy(store.images(np.linspace(0, len(store) - 1, n).astype(int))).permute(0, 3, 1, 2)
     training = world.training
     recon = world.eval().reconstruct(obs.to(next(world.parameters()).device))
     world.train(training)
     with atomic_write(path) as f: Image.fromarray(image_rows(obs, recon)).save(f, 'PNG')
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #43d5d817
+# %% ../../nbs/23_dreamer.world_model.ipynb #15ab13a2
 def train_world_model(
     cfg: TrainConfig, # everything that `dreamer-wb train` reads
 ) -> Run: # the run, finished
@@ -339,7 +363,7 @@ def train_world_model(
         world.save(run.checkpoints / 'world_model.ckpt', report)
         save_pictures(world, valid, run.figures / 'reconstructions.png')
         write_json(run.path / 'world_model.json', report)
-        facts.update(psnr=report['psnr'])
+        facts.update({k: report[k] for k in ('psnr', 'kl') if k in report})
     return run
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #71303e3f
