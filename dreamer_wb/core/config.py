@@ -50,17 +50,17 @@ class EncoderConfig:
     norm: str = choice('none', 'layer', 'group', 'batch', 'rms') # normalisation after each convolution
     act: str = choice('silu', 'relu', 'elu', 'gelu') # activation
 
-# %% ../../nbs/00_core.config.ipynb #d551da22
+# %% ../../nbs/00_core.config.ipynb #b8a0c7b3
 @dataclass
 class DecoderConfig:
     "Image decoder: features to an image, see `dreamer.decoders`."
-    kind: str = choice('strided', 'pool', 'residual', 'unet', 'vit', 'none') # strided: transposed 4x4 convolution; pool: doubling, then convolution; residual, unet, vit: see dreamer.decoders; none: no decoder, see representation
+    kind: str = choice('strided', 'pool', 'residual', 'unet', 'vit', 'none') # strided, pool: the encoder upside down; others: dreamer.decoders; none: see representation
     depth: int = at_least(24, 1) # channels before the image; vit: times the largest mult is the width of a token
     mults: List[int] = items(1, 2, 4, 8) # channels of each stage as multiples of `depth`; vit: one block each
     kernel: int = at_least(4, 1) # strided, pool: side of the convolution kernel; 4 for strided, odd for pool
     norm: str = choice('none', 'layer', 'group', 'batch', 'rms') # normalisation after each convolution
     act: str = choice('silu', 'relu', 'elu', 'gelu') # activation
-    output: str = choice('sigmoid', 'tanh', 'linear', 'logistic_mixture') # how the image range [-0.5, 0.5] is reached; logistic_mixture: a likelihood of the 256 values
+    output: str = choice('sigmoid', 'tanh', 'linear', 'logistic_mixture') # how [-0.5, 0.5] is reached, or a likelihood of the 256 values
     mixtures: int = at_least(10, 1) # logistic_mixture only: logistics in each pixel
     patch: int = at_least(0, 0) # vit only: side of a patch in pixels, a divisor of size; 0 = about 12 patches a side
 

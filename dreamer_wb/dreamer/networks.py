@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'fan_in_normal_', 'init_weights', 'RMSNorm', 'vector_norm', 'activation', 'PixelNorm', 'image_norm',
-           'BlockLinear', 'hold_blocks', 'plot_blocks', 'mlp', 'smallest_side', 'down_stage', 'ConvEncoder', 'up_stage',
-           'ConvDecoder', 'layer_table', 'format_table']
+           'BlockLinear', 'hold_blocks', 'plot_blocks', 'mlp', 'smallest_side', 'down_stage', 'ConvEncoder',
+           'SquaredError', 'ImageDecoder', 'up_stage', 'ConvDecoder', 'layer_table', 'format_table']
 
-# %% ../../nbs/21_dreamer.networks.ipynb #6bf61d73
+# %% ../../nbs/21_dreamer.networks.ipynb #4b1091e7
 import math
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.config import DecoderConfig, EncoderConfig
 from ..core.deferred import Block, Held, holds
 from ..core.runs import UserError
+from .distributions import sum_mse
 
 # %% ../../nbs/21_dreamer.networks.ipynb #4e925dc1
 def fan_in_normal_(
@@ -215,45 +216,76 @@ def forward(self: ConvEncoder,
     x = self.stages(image.contiguous(memory_format=torch.channels_last))
     return x.permute(0, 2, 3, 1).flatten(1)
 
-# %% ../../nbs/21_dreamer.networks.ipynb #e4236cc7
+# %% ../../nbs/21_dreamer.networks.ipynb #86361848
 OUTPUTS = {'sigmoid': lambda x: x.sigmoid() - .5, 'tanh': lambda x: .5 * x.tanh(), 'linear': lambda x: x}
+
+class SquaredError:
+    "A map of three channels is the image; its loss is the squared error summed over pixels."
+    channels = 3
+    def __init__(self,
+        name: str = 'sigmoid', # key of OUTPUTS
+    ):
+        self.name, self.squash = name, OUTPUTS[name]
+
+    def __call__(self, net_out): return self.squash(net_out.float())             # (..., 3, H, W) to the same
+    def loss(self, net_out, target): return sum_mse(self(net_out), target)       # (..., 3, H, W) twice to (...)
+
+# %% ../../nbs/21_dreamer.networks.ipynb #6890d325
+class ImageDecoder(nn.Module):
+    "Features to images: `net_out` draws a map, `output` says what the map means."
+    def __init__(self,
+        output,             # SquaredError, or another output of the same surface
+    ):
+        super().__init__()
+        self.output = output
+
+    def forward(self, feat): return self.output(self.net_out(feat))              # (N, F) to (N, 3, H, W)
+    def image_loss(self, net_out, target): return self.output.loss(net_out, target)
 
 def up_stage(
     n_in: int,          # channels in
     n_out: int,         # channels out
     cfg: DecoderConfig, # kind, kernel, norm, act
-    last: bool = False, # the stage that makes the image has no norm and no activation
+    last: bool = False, # the stage that makes the map has no norm and no activation
 ) -> nn.Sequential:     # (N, n_in, H, W) -> (N, n_out, 2H, 2W)
     "One stage of the decoder."
     bias, k = last or cfg.norm in ('none', 'rms'), cfg.kernel
-    if cfg.kind == 'strided': parts = [nn.ConvTranspose2d(n_in, n_out, k, 2, (k - 1) // 2, output_padding=k % 2, bias=bias)]
-    else: parts = [nn.Upsample(scale_factor=2), nn.Conv2d(n_in, n_out, k, padding='same', bias=bias)]
+    if cfg.kind == 'pool': parts = [nn.Upsample(scale_factor=2), nn.Conv2d(n_in, n_out, k, padding='same', bias=bias)]
+    else: parts = [nn.ConvTranspose2d(n_in, n_out, k, 2, (k - 1) // 2, output_padding=k % 2, bias=bias)]
     return nn.Sequential(*parts) if last else nn.Sequential(*parts, image_norm(cfg.norm, n_out), activation(cfg.act))
 
-# %% ../../nbs/21_dreamer.networks.ipynb #3c19ab21
-class ConvDecoder(nn.Module):
+# %% ../../nbs/21_dreamer.networks.ipynb #86f6d679
+class ConvDecoder(ImageDecoder):
     "Vector to image: a linear layer, then `len(mults)` stages, each of which doubles the side."
+    stage = staticmethod(up_stage)
     def __init__(self,
         size: int,          # side of the image in pixels
         n_in: int,          # size of the feature vector
-        cfg: DecoderConfig, # depth, mults, kind, output …
+        cfg: DecoderConfig, # depth, mults, kind …
+        output = None,      # what the map means; default: the squared error that `cfg.output` names
     ):
-        super().__init__()
+        super().__init__(output or SquaredError(cfg.output))
         self.side, channels = smallest_side(size, len(cfg.mults)), [cfg.depth * m for m in reversed(cfg.mults)]
-        self.size, self.n_in, self.output = size, n_in, OUTPUTS[cfg.output]
+        self.size, self.n_in = size, n_in
         self.inner = nn.Linear(n_in, self.side**2 * channels[0])
         self.start = nn.Sequential(image_norm(cfg.norm, channels[0]), activation(cfg.act))
-        ups = [up_stage(a, b, cfg) for a, b in zip(channels, channels[1:])]
-        self.stages = nn.Sequential(*ups, up_stage(channels[-1], 3, cfg, last=True))
+        ups = [self.stage(a, b, cfg) for a, b in zip(channels, channels[1:])]
+        self.stages = nn.Sequential(*ups, up_stage(channels[-1], self.output.channels, cfg, last=True))
         self.apply(init_weights).to(memory_format=torch.channels_last)
 
 @patch
-def forward(self: ConvDecoder,
+def net_out(self: ConvDecoder,
     feat: Tensor, # (N, F)
-) -> Tensor: # (N, 3, H, W) float32 in [-0.5, 0.5] (`linear` may leave it)
-    "Draw images."
-    x = self.inner(feat).view(len(feat), self.side, self.side, -1).permute(0, 3, 1, 2)   # channels_last as it comes
-    return self.output(self.stages(self.start(x)).float())
+) -> Tensor: # (N, C, H, W), C = output.channels
+    "Draw the map."
+    return self.stages(self.first_map(feat))
+
+@patch
+def first_map(self: ConvDecoder,
+    feat: Tensor, # (N, F)
+) -> Tensor: # (N, C, side, side), channels_last as it comes
+    "The innermost map."
+    return self.start(self.inner(feat).view(len(feat), self.side, self.side, -1).permute(0, 3, 1, 2))
 
 # %% ../../nbs/21_dreamer.networks.ipynb #4d61ab0b
 @torch.no_grad()

@@ -7,7 +7,7 @@ __all__ = ['DYNAMICS', 'Latent', 'LatentEncoder', 'read_images', 'LatentDecoder'
            'image_report', 'image_rows', 'show_picture', 'plot_reconstructions', 'open_stores', 'pick_device',
            'batches_for', 'save_pictures', 'train_world_model', 'picture_callback', 'open_loop', 'plot_open_loop']
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #556d9149
+# %% ../../nbs/23_dreamer.world_model.ipynb #6c4a090b
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..core.config import TrainConfig, WorldModelConfig, from_dict, to_dict
 from ..core.runs import Run, UserError, atomic_write, load_checkpoint, save_checkpoint, write_json
 from ..data.episodes import Batches, EpisodeStore, Sequential, float_to_image, image_to_float
+from .decoders import image_decoder
 from .distributions import Bernoulli, TwoHot, sum_mse, symexp_bins
-from .networks import ConvDecoder, ConvEncoder, format_table, layer_table, mlp
+from .networks import ConvEncoder, format_table, layer_table, mlp
 from .representation import REPRESENTATIONS
 from .rssm import RSSM
 
@@ -73,7 +74,7 @@ def read_images(
     "`image_to_float` for sequences; anything but uint8 is a `TypeError`."
     return image_to_float(obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, obs.shape[:2])
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #ed5919c2
+# %% ../../nbs/23_dreamer.world_model.ipynb #31af7e8f
 class LatentDecoder(nn.Module):
     "Latents to images; `stoch` alone is completed with the memory of a first step."
     def __init__(self,
@@ -84,18 +85,28 @@ class LatentDecoder(nn.Module):
         self.net = net
         object.__setattr__(self, 'dynamics', dynamics)
 
+    def image(self, net_out): return self.net.output(net_out)                                # (..., C, H, W) to (..., 3, H, W)
+    def image_loss(self, net_out, target): return self.net.image_loss(net_out, target)       # (..., C, H, W), (..., 3, H, W) to (...)
+
 @patch
-def forward(self: LatentDecoder,
+def net_out(self: LatentDecoder,
     z: Tensor, # (..., F) features or (..., S) stochastic latents
-) -> Tensor: # (..., 3, H, W) float in [-0.5, 0.5]
-    "Draw images; raises `UserError` if the model was built without a decoder."
+) -> Tensor: # (..., C, H, W), what the decoder's output makes an image or a likelihood of
+    "Draw the map; raises `UserError` if the model was built without a decoder."
     dyn = self.dynamics
     if self.net is None: raise UserError('this model has no decoder (decoder.kind=none), so it cannot draw; train one with decoder.kind=strided to see images')
     if z.shape[-1] == dyn.n_stoch: z = dyn.feat(dyn.complete(z))
     if z.shape[-1] != dyn.n_feat: raise UserError(f'latents {tuple(z.shape)}: the last axis must be {dyn.n_feat} (feat) or {dyn.n_stoch} (stoch)')
-    return self.net(z.reshape(-1, dyn.n_feat)).unflatten(0, z.shape[:-1])
+    return self.net.net_out(z.reshape(-1, dyn.n_feat)).unflatten(0, z.shape[:-1])
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #79ba6754
+@patch
+def forward(self: LatentDecoder,
+    z: Tensor, # (..., F) features or (..., S) stochastic latents
+) -> Tensor: # (..., 3, H, W) float in [-0.5, 0.5]
+    "Draw images."
+    return self.image(self.net_out(z))
+
+# %% ../../nbs/23_dreamer.world_model.ipynb #7027712e
 DYNAMICS = {'rssm': RSSM} # name in the config -> class
 
 class DreamerWorldModel(nn.Module):
@@ -110,7 +121,7 @@ class DreamerWorldModel(nn.Module):
         self.dynamics = DYNAMICS[cfg.dynamics.name](net.n_out, cfg.action_dim, cfg.dynamics)
         self.encoder = LatentEncoder(net, self.dynamics)
         draw = cfg.decoder.kind != 'none'
-        self.decoder = LatentDecoder(ConvDecoder(cfg.size, self.dynamics.n_feat, cfg.decoder) if draw else None, self.dynamics)
+        self.decoder = LatentDecoder(image_decoder(cfg.size, self.dynamics.n_feat, cfg.decoder) if draw else None, self.dynamics)
         head = lambda n_out, scale: mlp(self.dynamics.n_feat, cfg.heads.layers, cfg.heads.units, n_out, scale=scale)
         self.heads = nn.ModuleDict()
         if cfg.heads.reward: self.heads['reward'] = head(cfg.heads.bins, 0.)    # predicts exactly 0 at the start
@@ -121,7 +132,7 @@ class DreamerWorldModel(nn.Module):
         extra = ['representation'] * (kind != 'none')
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)}
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #9df1afd2
+# %% ../../nbs/23_dreamer.world_model.ipynb #fc71a8e9
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
@@ -131,14 +142,16 @@ def forward(self: DreamerWorldModel,
     embed = self.encoder.embed(image)
     trace = self.dynamics.observe(embed, batch['act'], batch['first'])
     feat, losses, metrics = self.dynamics.feat(trace.post), self.dynamics.losses(trace), {}
-    if 'image' in self.scales: losses['image'] = sum_mse(self.decoder(feat), image)
+    if 'image' in self.scales:
+        net_out = self.decoder.net_out(feat)
+        losses['image'] = self.decoder.image_loss(net_out, image)
     if 'reward' in self.heads: losses['reward'] = TwoHot(self.heads['reward'](feat), self.bins).loss(batch['rew'])
     if 'cont' in self.heads: losses['cont'] = Bernoulli(self.heads['cont'](feat).squeeze(-1)).loss(~batch['done'])
     if self.representation is not None:
         losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
     with torch.no_grad():
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
-        if 'image' in losses: metrics['psnr'] = -10 * (losses['image'].mean() / image[0, 0].numel()).log10()
+        if 'image' in losses: metrics['psnr'] = -10 * (sum_mse(self.decoder.image(net_out), image).mean() / image[0, 0].numel()).log10()
     return {k: losses[k] for k in self.scales}, metrics
 
 @patch
