@@ -61,7 +61,7 @@ def swap_bird(spec: Spec  # any image
     "The exact counterfactual of the bird."
     return replace(spec, label=1-spec.label)
 
-# %% ../../nbs/11_data.synthetic.ipynb #d3dfe8e6
+# %% ../../nbs/11_data.synthetic.ipynb #8e8615e1
 @dataclass(frozen=True)
 class Look:
     "What makes the set easy or hard."
@@ -69,7 +69,7 @@ class Look:
     shape_noise: float = .08   # spread of the shapes within a species
     camouflage: float = 0.     # 0 own colours .. 1 nearly the olive of the woods and the lakes
     bg_mix: float = .4         # share of scenes that hold both water and wood
-    plumage_cue: float = .5    # share of birds in the colours of their species; the rest wear a coat that both families wear
+    plumage_cue: float = .65   # share of birds in the colours of their species; the rest wear a coat that both families wear
 
 # %% ../../nbs/11_data.synthetic.ipynb #98868856
 LOOKS = {'easy':    Look(fit=(.82, .97), shape_noise=.05, plumage_cue=1.),
