@@ -103,7 +103,7 @@ def _field_default(
     "Default of a field."
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
-# %% ../nbs/80_cli.ipynb #e9ae8ed7
+# %% ../nbs/80_cli.ipynb #ab7f9fec
 def sweep(
     command:Command, # which command
     overrides:list, # `key=value` strings, some with several values
@@ -112,11 +112,12 @@ def sweep(
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
-    schema, results, failures = command.load('schema'), [], []
+    schema, results, failures, folder = command.load('schema'), [], [], set()
     expanded = expand(schema, overrides, command.group, sweep=True)
     function = command.load('function')
     def job(cfg):
         cfg, which = check_values(OmegaConf.to_object(cfg)), HydraConfig.get().job.override_dirname.replace('/', '_')
+        folder.add(HydraConfig.get().sweep.dir)
         if getattr(cfg, 'name', '') is None: cfg.name = which
         try: results.append(function(cfg))
         except UserError as e:
@@ -126,8 +127,21 @@ def sweep(
                                 'hydra.sweep.dir=runs/multirun/${now:%Y-%m-%d_%H-%M-%S}', 'hydra.sweep.subdir=.']
     try: hydra.main(config_path=str(CONFIGS), config_name=register(schema, command.group), version_base='1.3')(job)()
     finally: sys.argv = argv
+    _summarise(results, folder)
     if failures: raise UserError(f'{len(failures)} of {len(failures) + len(results)} runs failed: {"; ".join(failures)}')
     return results
+
+# %% ../nbs/80_cli.ipynb #c0af0c39
+def _summarise(
+    results:list, # what the function returned for each combination
+    folder:set, # the sweep's folder
+):
+    "Write and print the table of a sweep of runs."
+    from dreamer_wb.core.runs import Run
+    if len(results) < 2 or not all(isinstance(r, Run) for r in results): return
+    from dreamer_wb.evaluation.sweep import write_sweep
+    file = write_sweep(results, folder.pop())
+    print(f'{file.read_text("utf-8")}\nsweep: {file} (also .csv, .png)')
 
 # %% ../nbs/80_cli.ipynb #7cfcdeb3
 def run_command(
