@@ -7,7 +7,7 @@ __all__ = ['DYNAMICS', 'Latent', 'LatentEncoder', 'read_images', 'LatentDecoder'
            'image_report', 'image_rows', 'show_picture', 'plot_reconstructions', 'open_stores', 'pick_device',
            'batches_for', 'save_pictures', 'train_world_model', 'picture_callback', 'open_loop', 'plot_open_loop']
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #6c4a090b
+# %% ../../nbs/23_dreamer.world_model.ipynb #c47d55cb
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.config import TrainConfig, WorldModelConfig, from_dict, to_dict
-from ..core.runs import Run, UserError, atomic_write, load_checkpoint, save_checkpoint, write_json
+from ..core.runs import Run, UserError, atomic_write, is_main, load_checkpoint, processes, save_checkpoint, write_json
 from ..data.episodes import Batches, EpisodeStore, Sequential, float_to_image, image_to_float
 from .decoders import image_decoder
 from .distributions import Bernoulli, TwoHot, sum_mse, symexp_bins
@@ -106,7 +106,7 @@ def forward(self: LatentDecoder,
     "Draw images."
     return self.image(self.net_out(z))
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #7027712e
+# %% ../../nbs/23_dreamer.world_model.ipynb #b8e23d90
 DYNAMICS = {'rssm': RSSM} # name in the config -> class
 
 class DreamerWorldModel(nn.Module):
@@ -131,6 +131,7 @@ class DreamerWorldModel(nn.Module):
         self.representation = REPRESENTATIONS[kind](cfg.representation, *sizes) if kind != 'none' else None
         extra = ['representation'] * (kind != 'none')
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)}
+        self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
 # %% ../../nbs/23_dreamer.world_model.ipynb #fc71a8e9
 @patch
@@ -307,7 +308,7 @@ def plot_reconstructions(
     "Images above their reconstructions."
     return show_picture(image_rows(obs, recon), title)
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #ad65d4d6
+# %% ../../nbs/23_dreamer.world_model.ipynb #0025da3c
 def open_stores(
     cfg: TrainConfig, # `data_dir`, or the `offline_…_dir`s
 ) -> tuple: # training and validation EpisodeStore
@@ -325,7 +326,8 @@ def open_stores(
 def pick_device(
     name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', …
 ) -> torch.device:
-    "The device of that name; `auto` is the GPU if there is one."
+    "The device of that name; `auto` is the GPU if there is one, and each of several processes has its own."
+    if name == 'auto' and (team := processes()): return team.device if team.device.type != 'cpu' else torch.device('cpu')
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
@@ -357,7 +359,7 @@ def save_pictures(
     world.train(training)
     with atomic_write(path) as f: Image.fromarray(image_rows(obs, recon)).save(f, 'PNG')
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #15ab13a2
+# %% ../../nbs/23_dreamer.world_model.ipynb #14fdb63a
 def train_world_model(
     cfg: TrainConfig, # everything that `dreamer-wb train` reads
 ) -> Run: # the run, finished
@@ -372,6 +374,7 @@ def train_world_model(
         world = DreamerWorldModel(cfg).to(device)
         batches, evaluation = batches_for(cfg, train, valid)
         fit(world, batches, cfg.loop, run, evaluation, cbs=[picture_callback(valid, run.figures)])
+        if not is_main(): return run
         report = image_report(world, valid)
         world.save(run.checkpoints / 'world_model.ckpt', report)
         save_pictures(world, valid, run.figures / 'reconstructions.png')
@@ -379,7 +382,7 @@ def train_world_model(
         facts.update({k: report[k] for k in ('psnr', 'kl') if k in report})
     return run
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #71303e3f
+# %% ../../nbs/23_dreamer.world_model.ipynb #f1a5ddc4
 def picture_callback(
     store,   # EpisodeStore
     figures, # folder for the pictures
@@ -387,6 +390,7 @@ def picture_callback(
     "Writes `reconstructions_<step>.png` after every evaluation."
     from fastai.callback.core import Callback
     class Pictures(Callback):
+        main_only = True
         def after_epoch(self): save_pictures(self.model, store, Path(figures) / f'reconstructions_{self.train_iter:06d}.png')
     return Pictures()
 
