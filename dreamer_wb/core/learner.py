@@ -6,11 +6,12 @@
 __all__ = ['DictLoss', 'Steps', 'learning_rate', 'param_groups', 'LaProp', 'make_optimizer', 'DictLearner', 'Position', 'Anneal',
            'use_bf16', 'Autocast', 'Record', 'Clip', 'CsvLog', 'TensorBoardLog', 'MlflowLog', 'WandbLog', 'Bar',
            'StopOnNan', 'rng_state', 'set_rng_state', 'set_seed', 'SameNoise', 'callback_state', 'set_callback_state',
-           'Checkpoint', 'stop_signals', 'cpu_settings', 'Together', 'average_', 'make_sinks', 'make_callbacks',
-           'make_learner', 'fit']
+           'Checkpoint', 'stop_signals', 'keep_memory', 'cpu_settings', 'Together', 'average_', 'make_sinks',
+           'make_callbacks', 'make_learner', 'fit']
 
-# %% ../../nbs/02_core.learner.ipynb #43cb89b4
+# %% ../../nbs/02_core.learner.ipynb #7e73fcc7
 import csv
+import ctypes
 import logging
 import math
 import os
@@ -816,18 +817,30 @@ def stop_signals(checkpoint: Checkpoint|None # whom to ask; None: nothing is cha
     finally:
         for n, handler in old.items(): signal.signal(n, handler)
 
-# %% ../../nbs/02_core.learner.ipynb #8b8c5565
+# %% ../../nbs/02_core.learner.ipynb #8f0d788c
+def keep_memory(on: bool # True: what is freed stays with the process; False: glibc's own ways
+               ):
+    "Spare large tensors in CPU memory their page faults; does nothing where the C library is not glibc."
+    try: libc = ctypes.CDLL('libc.so.6')
+    except OSError: return
+    libc.mallopt(-4, 0 if on else 65536)                                   # M_MMAP_MAX: nothing by a mapping of its own
+    libc.mallopt(-1, -1 if on else 128*1024)                               # M_TRIM_THRESHOLD: the heap never shrinks
+    if not on: libc.malloc_trim(0)
+
+# %% ../../nbs/02_core.learner.ipynb #e8bab389
 @contextmanager
 def cpu_settings(threads: int # of torch; 0: its own choice
                 ):
-    "Threads, and denormal numbers as zero: they can make a matrix product 190 times slower. Afterwards all is as before."
+    "Threads, memory, and denormal numbers as zero: they can make a matrix product 190 times slower. Afterwards all is as before."
     old, denormal = torch.get_num_threads(), bool((torch.tensor(1e-310, dtype=torch.float64)*.5).item())
     if threads: torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
+    keep_memory(True)
     try: yield
     finally:
         torch.set_num_threads(old)
         torch.set_flush_denormal(not denormal)
+        keep_memory(False)
 
 # %% ../../nbs/02_core.learner.ipynb #7bcc7145
 class Together(Callback):
