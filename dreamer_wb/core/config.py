@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALIASES', 'CONFIGS', 'choice', 'at_least', 'items', 'EncoderConfig', 'DecoderConfig', 'DynamicsConfig', 'HeadsConfig',
            'ScalesConfig', 'RepresentationConfig', 'WorldModelConfig', 'LoopConfig', 'DreamerConfig', 'TrainConfig',
-           'leaves', 'to_dict', 'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'register',
-           'compose']
+           'leaves', 'to_dict', 'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'unknown_keys',
+           'register', 'compose']
 
 # %% ../../nbs/00_core.config.ipynb #37b80448
 import dataclasses
@@ -208,10 +208,11 @@ def leaves(
         else: out[prefix + fld.name] = (fld, default, helps.get(fld.name, ''))
     return out
 
-# %% ../../nbs/00_core.config.ipynb #60b5f1f0
+# %% ../../nbs/00_core.config.ipynb #81b79c28
 ALIASES = {'cnn_depth': ('encoder.depth', 'decoder.depth'), 'deter_dim': ('dynamics.deter',), 'stoch_dim': ('dynamics.stoch',),
            'action_size': ('action_dim',), 'kl_free': ('dynamics.free_nats',), 'kl_free_nats': ('dynamics.free_nats',),
-           'free_nats': ('dynamics.free_nats',), 'lr': ('loop.lr',), 'steps': ('loop.steps',)}
+           'free_nats': ('dynamics.free_nats',), 'lr': ('loop.lr',), 'steps': ('loop.steps',),
+           'exp_name': ('experiment',), 'work_dir': ('runs_dir',), 'max_iters': ('loop.steps',), 'learn_rate': ('loop.lr',), 'grad_clip': ('loop.clip',)}
 
 def _nearest(
     key:str, # what was written
@@ -363,6 +364,24 @@ def expand(
             out.append(f'{group}={",".join(names)}')
         else: out += [f'{name}={value}' for name in _check_key(schema, key, 'on the command line')]
     return out
+
+# %% ../../nbs/00_core.config.ipynb #e86cce08
+def unknown_keys(
+    schema:type, # dataclass of a command
+    overrides:List[str], # `key=value` strings
+    group:str='experiment', # config group of the presets
+) -> List[str]: # keys that `schema` does not have
+    "What a schema cannot read of the presets and files that are named in `overrides`."
+    keys, todo = [], [name for text in overrides if text.startswith(f'{group}=') for name in text.partition('=')[2].split(',')]
+    while todo:
+        name = todo.pop()
+        path = Path(name) if name.endswith(('.yaml', '.yml', '.json')) else CONFIGS/group/f'{name}.yaml'
+        if not path.is_file(): continue                                    # `expand` will say so
+        values = read_config_file(path)
+        todo += [d for d in values.pop('defaults', []) if d != '_self_']
+        keys += _flatten(values)
+    known = leaves(schema)
+    return [k for k in keys if not (k in known or any(x.startswith(k + '.') for x in known) or ALIASES.get(k, ('',))[0] in known)]
 
 # %% ../../nbs/00_core.config.ipynb #0c48a93b
 def register(
