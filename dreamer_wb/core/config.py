@@ -64,7 +64,7 @@ class DecoderConfig:
     mixtures: int = at_least(10, 1) # logistic_mixture only: logistics in each pixel
     patch: int = at_least(0, 0) # vit only: side of a patch in pixels, a divisor of size; 0 = about 12 patches a side
 
-# %% ../../nbs/00_core.config.ipynb #93bc4462
+# %% ../../nbs/00_core.config.ipynb #4c0fad65
 @dataclass
 class DynamicsConfig:
     "Recurrent state-space model: what is remembered, what is guessed, and how far the two may differ."
@@ -82,6 +82,7 @@ class DynamicsConfig:
     min_std: float = at_least(0.1, 0) # smallest standard deviation of a Gaussian latent
     act: str = choice('silu', 'relu', 'elu', 'gelu') # activation
     norm: str = choice('rms', 'layer', 'none') # normalisation inside
+    deferred: bool = True # weight gradients of the scan as one product; False: step by step, as autograd does it
 
 # %% ../../nbs/00_core.config.ipynb #26874bc3
 @dataclass
