@@ -1,0 +1,199 @@
+"""Which latent classifies best, and why? Free nats, KL scale, repeats, image size, and contrastive terms beside and instead of pixels.
+
+    python nbs/experiments/encoder_questions.py                       # everything, about 25 CPU minutes
+    python nbs/experiments/encoder_questions.py --only "free nats 3" "simclr instead" --seeds 0
+
+Every variant is the preset `demo` with one thing changed, trained for the same CPU time (not the same number of updates; both are in the result file), with a learning
+rate that is annealed over that time. Each seed draws pictures of its own (synthetic Waterbirds) as well as weights, order and noise. Measured on held-out pictures:
+the reconstruction; linear probes for bird and place, fitted on group-balanced validation pictures; linear heads fitted on the biased training pictures, plain (ERM) and
+with every group weighted alike; effective rank and variance of the latent. Trivial answers stand beside them: the mean image, principal components, the untrained encoder, the majority class.
+What is in the result file already is not repeated.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+from dreamer_wb.classifier.latents import Features, balanced_draw, embed_2d, pca_features, probe
+from dreamer_wb.classifier.metrics import group_accuracy, group_counts, group_metrics
+from dreamer_wb.classifier.methods import group_weights
+from dreamer_wb.core.config import TrainConfig, compose
+from dreamer_wb.core.learner import fit, set_seed, use_bf16
+from dreamer_wb.core.runs import read_json, write_json
+from dreamer_wb.data.episodes import image_to_float
+from dreamer_wb.data.synthetic import render_many, sample_specs
+from dreamer_wb.dreamer.world_model import DreamerWorldModel, chroma, psnr, spread
+
+OUT = Path(__file__).resolve().parent/'results'/'encoder_questions.json'
+BLIND = ['decoder.kind=none']
+
+
+def term(kind, *more): return [f'representation.kind={kind}', *more]
+def mults(*values): return [f'{part}.mults={list(values)}' for part in ('encoder', 'decoder')]
+
+
+WEIGHTS = {'r2': 'scales.representation=0.3', 'infonce': 'scales.representation=10', 'barlow': 'scales.representation=0.3', 'simclr': 'scales.representation=30'}
+VARIANTS = { # name: overrides
+    'base': [],
+    'untrained': [],
+    'free nats 0': ['dynamics.free_nats=0'], 'free nats 3': ['dynamics.free_nats=3'], 'free nats 30': ['dynamics.free_nats=30'],
+    'KL / 5': ['scales.rep=0.02'], 'KL x 5': ['scales.rep=0.5'],
+    'repeat 8': ['repeat=8', 'batch_size=8'],
+    'categorical': ['dynamics.latent=categorical', 'dynamics.stoch=32'],
+    **{f'{k} beside': term(k, s) for k, s in WEIGHTS.items()},
+    **{f'{k} instead': term(k, s, *BLIND) for k, s in WEIGHTS.items()},
+    'nothing instead': BLIND,
+    '64 px': [], '128 px': ['size=128', *mults(1, 2, 4, 8)], '224 px': ['size=224', *mults(1, 2, 4, 8, 8)],
+}
+SIZES = {'64 px': 64, '128 px': 128, '224 px': 224}
+MAPS = ('base', 'simclr beside', 'simclr instead', 'nothing instead')
+
+
+class Data:
+    "Pictures of one seed in memory: training, validation and test."
+    def __init__(self, counts, size, seed, cache):
+        specs, self.features = sample_specs(counts, seed=seed), {}
+        for split, some in specs.items():
+            file = cache and Path(cache)/f'{split}_{size}_{seed}_{len(some)}.npy'
+            if file and file.exists(): x = np.load(file)
+            else: x = render_many(some, size)[0].transpose(0, 3, 1, 2)
+            if file: np.save(file, x)
+            self.features[split] = Features(x, [s.label for s in some], [s.place for s in some], split)
+        self.obs = {k: torch.from_numpy(f.x) for k, f in self.features.items()}
+
+    def batches(self, size, seed, repeat):
+        "Batches of still images as a function of the step."
+        train, per_epoch = self.obs['train'], len(self.obs['train']) // size
+        first = (torch.arange(repeat) == 0).expand(size, repeat)
+        def batch(step):
+            order = np.random.default_rng([seed, step // per_epoch]).permutation(len(train))
+            obs = train[order[step % per_epoch * size:][:size]].unsqueeze(1).expand(-1, repeat, -1, -1, -1)
+            return dict(obs=obs, act=torch.zeros(size, repeat, 1), first=first)
+        return batch
+
+
+class Budget(Callback):
+    "Stops after `seconds` of CPU time and anneals the learning rate by its share."
+    order = 40
+    def __init__(self, seconds, lr): self.seconds, self.lr = seconds, lr
+    def before_fit(self): self.start = time.process_time()
+    def before_batch(self):
+        share = min(1., (time.process_time() - self.start) / self.seconds)
+        for group in self.opt.opt.param_groups: group['lr'] = self.lr * min(1., share / .03) * (1 + math.cos(math.pi * share)) / 2
+    def after_batch(self):
+        if time.process_time() - self.start >= self.seconds: raise CancelFitException
+
+
+@torch.no_grad()
+def look(world, obs, amp, repeat, draw=False):
+    "Posterior means (N, S) of still images after their last repeat, and reconstructions (N, 3, H, W) or None."
+    z, recon = [], []
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        for x in obs.split(100):
+            latent = world.encoder(x.unsqueeze(1).expand(-1, repeat, -1, -1, -1))
+            z.append(latent.stoch[:, -1].float())
+            if draw: recon.append(world.decoder(latent.feat[:, -1]))
+    return torch.cat(z).numpy(), torch.cat(recon) if draw else None
+
+
+def pictures(recon, obs):
+    "Figures of the reconstructions, and of the trivial answer."
+    image = image_to_float(obs)
+    out = dict(psnr_mean_image=psnr(image.mean(0).expand_as(image), image))
+    return out if recon is None else out | dict(psnr=psnr(recon, image), std_ratio=spread(recon) / spread(image), chroma_ratio=chroma(recon) / chroma(image))
+
+
+def effective_rank(z):
+    "Exponential of the entropy of the normalised singular values of the centred latents (Roy & Vetterli 2007)."
+    p = np.linalg.svd(z - z.mean(0), compute_uv=False)
+    p = p / p.sum()
+    return float(np.exp(-(p * np.log(p + 1e-12)).sum()))
+
+
+def head(train, test, balanced):
+    "A linear head on the biased training latents: accuracy of the worst group, and mean weighted as in training."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000, C=.1))
+    weights = group_weights(train.group) * len(train) / 4 if balanced else None
+    prob = model.fit(train.x, train.label, logisticregression__sample_weight=weights).predict_proba(test.x)
+    m = group_metrics(test.label, prob, test.group, group_counts(train.group))
+    return dict(worst=m['acc_worst'], adjusted=m['acc_adj'])
+
+
+def classify(z):
+    "What linear classifiers make of latents: probes and heads."
+    out = {f'probe_{t}': probe(z['val'], z['test'], t)['acc'] for t in ('label', 'place')}
+    for name, balanced in (('erm', False), ('balanced', True)): out |= {f'{name}_{k}': v for k, v in head(z['train'], z['test'], balanced).items()}
+    x = z['test'].x
+    return out | dict(effective_rank=effective_rank(x), variance=float(x.var(0).mean()), active_units=float((x.var(0) > .01).mean()))
+
+
+def run(name, data, seconds, seed):
+    "Train one variant and measure it."
+    cfg = compose(TrainConfig, ['experiment=demo', *VARIANTS[name]])
+    cfg.loop.steps, cfg.loop.eval_every, cfg.loop.log_every, cfg.loop.progress, cfg.loop.tensorboard = 10**6, 0, 10**6, False, False
+    set_seed(seed)
+    world, amp = DreamerWorldModel(cfg), use_bf16(cfg.loop.amp, torch.device('cpu'))
+    steps, kl = 0, None
+    if name != 'untrained':
+        learn = fit(world, data.batches(cfg.batch_size, seed, cfg.repeat), cfg.loop, cbs=[Budget(seconds, cfg.loop.lr)])
+        steps, kl = learn.train_iter, float(learn.recorder.rows[-1]['kl'])
+    world.eval()
+    seen = {k: look(world, obs, amp, cfg.repeat, k == 'test' and 'image' in world.scales) for k, obs in data.obs.items()}
+    z = {k: Features(seen[k][0], f.label, f.place, k) for k, f in data.features.items()}
+    row = dict(seed=seed, steps=steps, images=steps * cfg.batch_size, kl=kl, **pictures(seen['test'][1], data.obs['test']), **classify(z))
+    if seed == 0 and name in MAPS: row['map'] = draw_map(z['test'])
+    return row
+
+
+def draw_map(z):
+    "UMAP of as many test latents of each group."
+    index = balanced_draw(z.group, np.random.default_rng(0), 75)
+    return dict(xy=np.round(embed_2d(z.x[index]), 2).tolist(), label=z.label[index].tolist(), place=z.place[index].tolist())
+
+
+def trivial(data, seed):
+    "Principal components of the pixels, as many as the latent has dimensions, and the answer of the majority."
+    z = dict(zip(data.features, pca_features(*data.features.values(), dims=128)))
+    row = dict(seed=seed, **classify(z))
+    if seed == 0: row['map'] = draw_map(z['test'])
+    test, counts = data.features['test'], group_counts(data.features['train'].group)
+    most = np.full(len(test), np.bincount(data.features['train'].label).argmax())
+    acc = group_accuracy(test.label, most, test.group)
+    return dict(PCA=row, majority=dict(seed=seed, erm_worst=float(acc.min()), erm_adjusted=float(acc @ counts / counts.sum()), probe_label=.5, probe_place=.5))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--only', nargs='+', default=list(VARIANTS), help='names of variants')
+    p.add_argument('--seconds', type=float, default=15, help='CPU seconds of training for each (%(default)g)')
+    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of pictures, weights, order and noise')
+    p.add_argument('--n', type=int, nargs=3, default=[2400, 1200, 1600], help='training, validation and test pictures')
+    p.add_argument('--few', type=int, nargs=3, default=[1200, 600, 1000], help='the same for the comparison of image sizes')
+    p.add_argument('--cache', help='folder that keeps the drawn pictures')
+    p.add_argument('--out', type=Path, default=OUT, help='result file (%(default)s)')
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    done = read_json(args.out) if args.out.exists() else dict(seconds=args.seconds, n=args.n, few=args.few, torch=torch.__version__, variants={}, results={})
+    def keep(name, row):
+        done['results'].setdefault(name, []).append(row)
+        done['variants'] |= {name: VARIANTS.get(name, [])}
+        write_json(args.out, done)
+        print(f'{name:16} seed {row["seed"]}', ' '.join(f'{k} {v:.3g}' for k, v in row.items() if isinstance(v, float)), flush=True)
+    for seed in args.seeds:
+        missing = [n for n in (*(['PCA', 'majority'] if 'base' in args.only else []), *args.only) if all(r['seed'] != seed for r in done['results'].get(n, []))]
+        sets = {}
+        for name in missing:
+            size = SIZES.get(name, 0)
+            if size not in sets: sets = {size: Data(tuple(args.few if size else args.n), size or 64, seed, args.cache)}
+            if name in ('PCA', 'majority'): keep(name, trivial(sets[0], seed)[name])
+            else: keep(name, run(name, sets[size], args.seconds, seed))
+
+
+if __name__ == '__main__': main()
