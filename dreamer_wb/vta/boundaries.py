@@ -249,12 +249,20 @@ def placements(
     if kind == 'uniform': return rng.random((n, length), np.float32).argpartition(min(k, length - 1), 1)[:, :k]
     raise UserError(f"unknown kind of permutation {kind!r}; choose 'circular', 'interval' or 'uniform'")
 
-# %% ../../nbs/43_vta.boundaries.ipynb #6a0a1cb7
+# %% ../../nbs/43_vta.boundaries.ipynb #ea2a3558
+def _exchange(read, x, keep, n, rng):
+    "Means of `x` at boundaries of other episodes, `n` times: whose boundaries meet whose events is shuffled."
+    r, k = (read & keep).astype(float), keep.astype(float)
+    total, count = (x*k)@r.T, k@r.T                                              # (N,N): events of i at boundaries of j, and how many these are
+    own, other = np.arange(len(r)), rng.permuted(np.tile(np.arange(len(r)), (n, 1)), axis=1)
+    return total[own, other].sum(1)/np.maximum(count[own, other].sum(1), 1)
+
+# %% ../../nbs/43_vta.boundaries.ipynb #ed695f3b
 def permutation_test(
     read:np.ndarray, # (N,T) or (T,) bool, boundaries
     x:np.ndarray, # the same shape: events (bool) or a quantity (float)
     ignore:np.ndarray=None, # the same shape, bool: frames cut out first; None: the first frame of each sequence
-    kind:str='circular', # what is kept, see `placements`
+    kind:str='circular', # what is kept, see `placements`; 'episode' shuffles whose boundaries meet whose events
     n:int=2000, # copies
     seed:int=0, # seed of the copies
 ) -> dict: # `p` (one-sided, greater), `mean` of x at boundaries, `null` (n,) the same for the copies
@@ -262,10 +270,11 @@ def permutation_test(
     read, x = np.atleast_2d(np.asarray(read, bool)), np.atleast_2d(np.asarray(x, float))
     keep = np.broadcast_to(np.arange(read.shape[1]) > 0, read.shape) if ignore is None else ~np.atleast_2d(np.asarray(ignore, bool))
     rng, null, k = np.random.default_rng(seed), np.zeros(n), (read & keep).sum()
-    for r, v, f in zip(read, x, keep):
-        if f.any(): null += v[f][placements(np.flatnonzero(r[f]), f.sum(), n, kind, rng)].sum(1)
     if not k: return dict(p=math.nan, mean=math.nan, null=np.full(n, np.nan))
-    mean, null = x[read & keep].sum()/k, null/k
+    for r, v, f in zip(read, x, keep) if kind != 'episode' else ():
+        if f.any(): null += v[f][placements(np.flatnonzero(r[f]), f.sum(), n, kind, rng)].sum(1)/k
+    if kind == 'episode': null = _exchange(read, x, keep, n, rng)
+    mean = x[read & keep].sum()/k
     above = (null >= mean - 1e-9*max(1, abs(mean))).sum()                            # sums in another order differ in the last digits
     return dict(p=float((1 + above)/(1 + n)), mean=float(mean), null=null)
 
@@ -375,8 +384,8 @@ def _truth_row(name, runs, d, tols, counts):
     w = [window_metrics(x, true, ignore=~s, valid=d['valid']) for x in runs[::max(1, len(runs)//20)]]
     return row | {k: float(np.mean([x[k] for x in w])) for k in ('pk', 'windowdiff')}
 
-# %% ../../nbs/43_vta.boundaries.ipynb #8cc4d190
-def _against_truth(d, base, tols, interval, test):
+# %% ../../nbs/43_vta.boundaries.ipynb #76681afb
+def _against_truth(d, base, tols, interval, test, shared):
     "The table of methods against true boundaries, and what the verdict needs."
     s, true = d['scored'], d['true'] & d['scored']
     methods = {'model': (d['read'] & s)[None]} | base
@@ -384,7 +393,7 @@ def _against_truth(d, base, tols, interval, test):
     rows = [_truth_row(n, runs, d, tols, {tol: counts[tol][n] for tol in tols}) for n, runs in methods.items()]
     tol, n_pred = tols[0], {n: runs.sum(-1) for n, runs in methods.items()}                              # (draws,N)
     def f1(n): return lambda w: prf(w@counts[tol][n][0], w@n_pred[n][0], w@true.sum(1))[2]
-    out = dict(rows=rows, p=test(d['read'], true)['p'], offsets=offset_scan(d['read'], true, ignore=~s), n_true=int(true.sum()))
+    out = dict(rows=rows, p=test(d['read'], true)['p'], p_episode=shared(d['read'], true), offsets=offset_scan(d['read'], true, ignore=~s), n_true=int(true.sum()))
     for row in rows:
         score = {'model': d['read_prob'], 'frame difference': d.get('delta')}.get(row['method'])
         if score is None: continue
@@ -393,8 +402,8 @@ def _against_truth(d, base, tols, interval, test):
     if 'frame difference' in methods: out['gain'] = [rows[0][f'f1_{tol}'] - rows[-1][f'f1_{tol}'], *interval(lambda w: f1('model')(w) - f1('frame difference')(w))]
     return out
 
-# %% ../../nbs/43_vta.boundaries.ipynb #bd11a3b2
-def _against_events(d, base, events, tol, interval, test):
+# %% ../../nbs/43_vta.boundaries.ipynb #ab762451
+def _against_events(d, base, events, tol, interval, test, shared):
     "One line for each kind of event."
     s, r, rows = d['scored'], d['read'] & d['scored'], []
     order = np.unique(d['read_prob'][s], return_inverse=True)[1]
@@ -403,7 +412,7 @@ def _against_events(d, base, events, tol, interval, test):
     rank[s] = (np.cumsum(count) - (count - 1)/2)[order]                            # mid-ranks of P(READ)
     for name, e in events.items():
         e = e & s
-        row = dict(event=name, **event_rates(r, e, ~s), p=test(r, e)['p'], auc=float(ranking(d['read_prob'][s], e[s])[0]), auc_p=test(e, rank)['p'])
+        row = dict(event=name, **event_rates(r, e, ~s), p=test(r, e)['p'], p_episode=shared(r, e), auc=float(ranking(d['read_prob'][s], e[s])[0]), auc_p=test(e, rank)['p'])
         for b in base: row[b] = float((base[b] & e).sum()/max(base[b].sum(), 1)) if base[b].any() else math.nan
         def at(x): return lambda w: np.divide(w@(x & e).sum(1), w@x.sum(1), out=np.full(len(w), np.nan), where=w@x.sum(1) > 0)
         row |= dict(zip(('low', 'high'), interval(at(r))), tol=tol, found=float(count_matches(r, e, tol).sum()/max(e.sum(), 1)))
@@ -420,15 +429,19 @@ def _quantities(d, test):
     s, all_of_them = d['scored'], {'frame delta': d.get('delta'), 'reward': d.get('rew')} | {k: v for k, v in d['events'].items() if v.dtype.kind == 'f'}
     return [dict(quantity=k, d=cohens_d(v[s], d['read'][s]), p=test(d['read'], v)['p']) for k, v in all_of_them.items() if v is not None]
 
-# %% ../../nbs/43_vta.boundaries.ipynb #ebc655fa
+# %% ../../nbs/43_vta.boundaries.ipynb #b32bbd0c
 def _shape_words(m):
     "Degenerate boundaries, in words."
     if not m['boundaries']: return ['All COPY: no boundary outside forced frames. There is nothing to judge.']
     if m['rate'] > .95: return ['All READ: a boundary at nearly every frame is no segmentation.']
     out = []
     if m['boundaries'] > 10 and m['spread'] < .1: out.append(f"A clock: segments are all {m['segment']:.1f} frames long (spread {m['spread']:.2f}).")
-    if m['boundaries'] > 10 and m['early'] > .8: out.append(f"Front-loaded: {100*m['early']:.0f} % of the boundaries lie in the first half of the episodes; a common trend can look like an effect in every test below.")
+    if m['boundaries'] > 10 and m['early'] > max(.65, .5 + 1.5/math.sqrt(m['boundaries'])): out.append(f"Front-loaded: {100*m['early']:.0f} % of the boundaries lie in the first half of the episodes; what events share with that looks like an effect, unless it holds for exchanged episodes too.")
     return out
+
+def _shared(p):
+    "What may be said if episodes exchanged do as well."
+    return f', but not beyond the timing that all episodes share (p = {p:.2g})' if p >= .05 else ''
 
 def _beats(gain, than='the frame-difference detector'):
     "What may be said about a paired difference (value, low, high)."
@@ -438,7 +451,7 @@ def _beats(gain, than='the frame-difference detector'):
     word = 'better than' if low > 0 else 'worse than' if high < 0 else 'no better than'
     return f'; {word} {than} ({value:+.2f} [{low:+.2f}, {high:+.2f}])'
 
-# %% ../../nbs/43_vta.boundaries.ipynb #b4512f79
+# %% ../../nbs/43_vta.boundaries.ipynb #f2dc7192
 def boundary_verdicts(
     result:dict, # from `evaluate_boundaries`
 ) -> list: # of sentences
@@ -448,7 +461,7 @@ def boundary_verdicts(
     if truth and not truth['n_true']: out.append('True boundaries: none in the frames that are scored.')
     elif truth:
         tol, m = result['settings']['tol'][0], truth['rows'][0]
-        chance = 'better than chance' if truth['p'] < alpha else 'no better than chance'
+        chance = 'better than chance' + _shared(truth['p_episode']) if truth['p'] < alpha else 'no better than chance'
         out.append(f"True boundaries: F1 {m[f'f1_{tol}']:.2f}, {chance} (p = {truth['p']:.2g}){_beats(truth.get('gain'))}.")
         best = max(truth['offsets'], key=lambda s: (truth['offsets'][s], -abs(s)))
         if truth['offsets'][best] > truth['offsets'][0] + .1: out.append(f"Off by {best:+d}: F1 would be {truth['offsets'][best]:.2f} instead of {truth['offsets'][0]:.2f} with the boundaries moved by {-best:+d} frames. Check the alignment.")
@@ -457,10 +470,10 @@ def boundary_verdicts(
         if e['n_events'] < 5: out.append(f"{name}: {e['n_events']} events, not testable.")
         elif not e['p_holm'] < alpha: out.append(f"{name}: no better than chance ({100*e['at_boundary']:.0f} % at boundaries, {100*e['rate']:.0f} % overall, p = {e['p_holm']:.2g}).")
         elif e['event'].startswith('frame delta'): out.append(f"{name}: at {100*e['at_boundary']:.0f} % of the boundaries (p = {e['p_holm']:.2g}). Any change detector finds these; it is no sign of meaning.")
-        else: out.append(f"{name}: at {100*e['at_boundary']:.0f} % of the boundaries, {100*e['rate']:.0f} % overall (p = {e['p_holm']:.2g}){_beats(e.get('gain'))}.")
+        else: out.append(f"{name}: at {100*e['at_boundary']:.0f} % of the boundaries, {100*e['rate']:.0f} % overall (p = {e['p_holm']:.2g}){_shared(e['p_episode'])}{_beats(e.get('gain'))}.")
     return out
 
-# %% ../../nbs/43_vta.boundaries.ipynb #6d073853
+# %% ../../nbs/43_vta.boundaries.ipynb #00e52290
 def evaluate_boundaries(
     episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays; see `stack_episodes`
     tol:tuple=(0, 1, 2), # tolerances in frames; the first one is what verdicts are about
@@ -476,10 +489,11 @@ def evaluate_boundaries(
     d = stack_episodes(episodes)
     def interval(f): return over_episodes(f, len(d['read']), draws, level, seed)
     def test(r, x): return permutation_test(r, x, ~d['scored'], kind, n, seed)
+    def shared(r, x): return permutation_test(r, x, ~d['scored'], 'episode', n, seed)['p'] if len(d['read']) >= 7 else math.nan
     base, events = baselines(d, seed=seed), find_events(d, percentile)
     out = dict(settings=dict(tol=list(tol), percentile=percentile, kind=kind, n=n, draws=draws, level=level, seed=seed), summary=_summary(d))
-    if 'true' in d: out['truth'] = _against_truth(d, base, tuple(tol), interval, test)
-    out |= dict(events=_against_events(d, base, events, tol[-1], interval, test), quantities=_quantities(d, test))
+    if 'true' in d: out['truth'] = _against_truth(d, base, tuple(tol), interval, test, shared)
+    out |= dict(events=_against_events(d, base, events, tol[-1], interval, test, shared), quantities=_quantities(d, test))
     return out | dict(verdicts=boundary_verdicts(out))
 
 # %% ../../nbs/43_vta.boundaries.ipynb #96a342d5
@@ -498,7 +512,7 @@ def _span(r, low, high):
     "An interval as text."
     return f'[{r[low]:.2f}, {r[high]:.2f}]' if np.isfinite([r.get(low, math.nan), r.get(high, math.nan)]).all() else ''
 
-# %% ../../nbs/43_vta.boundaries.ipynb #de9cfef6
+# %% ../../nbs/43_vta.boundaries.ipynb #c7bb3399
 def boundary_report(
     result:dict, # from `evaluate_boundaries`
     title:str='Boundaries', # heading
@@ -512,7 +526,7 @@ def boundary_report(
         cols |= {f'F1 ± {t}' if t else 'F1': f'f1_{t}' for t in c['tol']} | {'95 % of F1' if c['level'] == .95 else 'interval of F1': lambda r: _span(r, 'f1_low', 'f1_high')}
         parts += [f"### True boundaries ({truth['n_true']})", _table(truth['rows'], cols | {'AUC': 'auc', 'AP': 'ap', 'Pk': 'pk', 'WindowDiff': 'windowdiff'})]
     if result['events']:
-        cols = {'event': 'event', 'n': 'n_events', 'rate': 'rate', 'at boundary': 'at_boundary', 'interval': lambda r: _span(r, 'low', 'high'), 'off': 'off_boundary', 'lift': 'lift', 'p': 'p', 'p (Holm)': 'p_holm',
+        cols = {'event': 'event', 'n': 'n_events', 'rate': 'rate', 'at boundary': 'at_boundary', 'interval': lambda r: _span(r, 'low', 'high'), 'off': 'off_boundary', 'lift': 'lift', 'p': 'p', 'p (Holm)': 'p_holm', 'p (episodes exchanged)': 'p_episode',
                 'at frame difference': 'frame difference', 'at clock': 'clock', f"found ± {c['tol'][-1]}": 'found', 'found by frame difference': 'found_frame_difference', 'AUC': 'auc', 'p (AUC)': 'auc_p'}
         parts += ['### Events', _table(result['events'], cols)]
     if result['quantities']: parts += ['### Quantities', _table(result['quantities'], {'quantity': 'quantity', "Cohen's d": 'd', 'p': 'p'})]

@@ -17,7 +17,7 @@ from scipy.stats import fisher_exact, ttest_ind
 from dreamer_wb.core.runs import read_json, write_json
 from dreamer_wb.vta.boundaries import bursty, permutation_test
 
-KINDS = ('circular', 'interval', 'uniform')
+KINDS = ('circular', 'interval', 'episode', 'uniform')
 COUPLINGS = (0, .02, .05, .1, .2, .4)
 
 
@@ -50,7 +50,7 @@ def trend(n, T, seed):
 
 
 NULLS = {'bursty': (independent, 3, 1000), 'one episode': (independent, 1, 1000), 'short': (independent, 64, 20), 'sparse': (sparse, 3, 1000),
-         'unclustered': (unclustered, 3, 1000), 'magnitude': (magnitude, 3, 1000), 'trend': (trend, 3, 1000)}
+         'unclustered': (unclustered, 3, 1000), 'magnitude': (magnitude, 3, 1000), 'trend': (trend, 3, 1000), 'bursty, 10 episodes': (independent, 10, 1000), 'trend, 10 episodes': (trend, 10, 1000)}
 
 
 def coupled(n, T, seed, q):
@@ -69,14 +69,14 @@ def naive(read, x):
 
 def trial(pair, seed, permutations, kinds):
     "All p-values of one pair of trains."
-    return {k: permutation_test(*pair, kind=k, n=permutations, seed=seed)['p'] for k in kinds} | naive(*pair)
+    return {k: permutation_test(*pair, kind=k, n=permutations, seed=seed)['p'] for k in kinds if k != 'episode' or len(pair[0]) >= 7} | naive(*pair)
 
 
 def run(make, trials, uniform_trials, permutations):
     "Share of trials with p < .05 for each test, and the number of trials."
     ps = {}
     for seed in range(trials):
-        kinds = KINDS if seed < uniform_trials else KINDS[:2]                    # uniform re-placement costs 20 times as much
+        kinds = KINDS if seed < uniform_trials else KINDS[:3]                    # uniform re-placement costs 20 times as much
         for k, p in trial(make(seed), seed, permutations, kinds).items(): ps.setdefault(k, []).append(p)
     return {k: dict(below=float(np.mean(np.array(p) < .05)), trials=len(p)) for k, p in ps.items()}
 
