@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BlockGRU', 'Posterior', 'RSSM', 'scan', 'stack', 'Trace', 'gradient_norms']
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #29e4be3d
+# %% ../../nbs/22_dreamer.rssm.ipynb #bd784d2b
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.config import DynamicsConfig
-from .distributions import Categorical, Gaussian, balanced_kl
+from ..core.deferred import deferred
+from .distributions import Categorical, Gaussian, StraightThrough, balanced_kl
 from .networks import BlockLinear, activation, fan_in_normal_, init_weights, mlp, vector_norm
 
 # %% ../../nbs/22_dreamer.rssm.ipynb #17a98609
@@ -33,7 +34,7 @@ class BlockGRU(nn.Module):
         for layer in (self.shared, self.action): fan_in_normal_(layer.weight.data, fan_in)
         self.norm, self.act = vector_norm(norm, deter), activation(act)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #c27da641
+# %% ../../nbs/22_dreamer.rssm.ipynb #7c6a845c
 @patch
 def forward(self: BlockGRU,
     h: Tensor,      # (B, D) memory, float32
@@ -43,8 +44,7 @@ def forward(self: BlockGRU,
     "One step."
     u = self.act(self.norm(self.hid(h) + self.shared(shared) + action))              # (B, D)
     reset, cand, gate = self.gates.blocks(self.gates.split(u)).float().chunk(3, -1)  # 3 x (G, B, D/G)
-    gate = (gate - 1).sigmoid()
-    new = gate * (reset.sigmoid() * cand).tanh() + (1 - gate) * self.gates.split(h)
+    new = torch.lerp(self.gates.split(h), (reset.sigmoid() * cand).tanh(), (gate - 1).sigmoid())
     return new.transpose(0, 1).flatten(1)
 
 # %% ../../nbs/22_dreamer.rssm.ipynb #f1de5019
@@ -120,7 +120,7 @@ def initial(self: RSSM,
     stats = self.stats(deter.new_zeros(B, self.prior[-1].out_features))
     return {'deter': deter, 'stoch': deter.new_zeros(B, self.n_stoch), **stats}
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #57e3fac2
+# %% ../../nbs/22_dreamer.rssm.ipynb #3d95e431
 @patch
 def noise(self: RSSM,
     *lead: int,          # leading axes, e.g. T, B
@@ -130,17 +130,17 @@ def noise(self: RSSM,
     like = self.prior[-1].weight
     if not sample: return [None] * lead[0]
     if self.gaussian: return torch.randn(*lead, self.cfg.stoch, device=like.device)
-    return torch.empty(*lead, self.cfg.stoch, self.cfg.classes, device=like.device).exponential_()
+    return torch.rand(*lead, self.cfg.stoch, self.cfg.classes, device=like.device).log_().neg_()    # 4 x exponential_
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #1eeb6469
+# %% ../../nbs/22_dreamer.rssm.ipynb #9df64560
 @patch
 def draw(self: RSSM,
     stats: dict,        # from `stats`, leading (B,)
     noise: Tensor|None, # one step of noise; None takes the mode
 ) -> Tensor: # (B, S), flattened, float32
     "A sample of the latent, or its mode."
-    dist = self.dist(stats)
-    stoch = dist.mode if noise is None else dist.sample(noise)
+    if noise is not None and not self.gaussian: return StraightThrough.apply(stats['logit'], noise, self.cfg.unimix).flatten(-2)
+    stoch = self.dist(stats).mode if noise is None else self.dist(stats).sample(noise)
     return stoch if self.gaussian else stoch.flatten(-2)
 
 # %% ../../nbs/22_dreamer.rssm.ipynb #c5541b4a
@@ -160,22 +160,23 @@ def advance(self: RSSM,
     "The next memory."
     return self.cell(deter, torch.cat([self.in_deter(deter), self.in_stoch(stoch)], -1), action)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #a4684265
+# %% ../../nbs/22_dreamer.rssm.ipynb #47ab0cd3
 def scan(
     rssm: RSSM,      # the model
     state: dict,     # state before the first step, leading (B,)
-    action: Tensor,  # (T, B, D) from `project_action`
-    embed: Tensor,   # (T, B, n) from `posterior.embed`
-    keep: Tensor,    # (T, B, 1) float, 0 where an episode begins
+    action: Tensor,  # (B, T, D) from `project_action`
+    embed: Tensor,   # (B, T, n) from `posterior.embed`
+    keep: Tensor,    # (B, T, 1) float, 0 where an episode begins
     noise,           # T entries from noise
 ) -> dict:           # posterior states, leading (B, T)
     "Filter a sequence of images: the only loop over time."
     deter, stoch, states = state['deter'], state['stoch'], []
-    for t in range(len(keep)):
-        deter = rssm.advance(deter * keep[t], stoch * keep[t], action[t])
-        stats = rssm.stats(rssm.posterior(deter, embed[t]))
-        stoch = rssm.draw(stats, noise[t])
-        states.append({'deter': deter, 'stoch': stoch, **stats})
+    with deferred(rssm, on=rssm.cfg.deferred and len(noise) > 1):
+        for a, e, k, n in zip(action.unbind(1), embed.unbind(1), keep.unbind(1), noise):
+            deter = rssm.advance(deter * k, stoch * k, a)
+            stats = rssm.stats(rssm.posterior(deter, e))
+            stoch = rssm.draw(stats, n)
+            states.append({'deter': deter, 'stoch': stoch, **stats})
     return stack(states)
 
 def stack(
@@ -192,7 +193,7 @@ class Trace(NamedTuple):
     ticks: Tensor  # (B, T, L) bool, which of the L levels moved; level 0 always does
     forced: Tensor # (B, T, L) bool, ticks that were no decision (an episode begins)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #46afe200
+# %% ../../nbs/22_dreamer.rssm.ipynb #0616c5d2
 @patch
 def observe(self: RSSM,
     embed: Tensor,             # (B, T, E) embedded images
@@ -207,8 +208,7 @@ def observe(self: RSSM,
     keep = (~first).float().unsqueeze(-1)                                   # (B, T, 1)
     noise = self.noise(T, B, sample=self.training if sample is None else sample)
     action, embedded = self.project_action(act * keep), self.posterior.embed(embed)
-    time_major = [x.transpose(0, 1) for x in (action, embedded, keep)]
-    post = scan(self, state or self.initial(B), *time_major, noise)
+    post = scan(self, state or self.initial(B), action, embedded, keep, noise)
     prior = {'deter': post['deter'], **self.stats(self.prior(post['deter']))}
     return Trace(post, prior, torch.ones_like(first).unsqueeze(-1), first.unsqueeze(-1))
 
@@ -246,7 +246,7 @@ def feat(self: RSSM,
     "What heads and decoder read."
     return torch.cat([state['stoch'], state['deter']], -1)
 
-# %% ../../nbs/22_dreamer.rssm.ipynb #7621ea82
+# %% ../../nbs/22_dreamer.rssm.ipynb #61331dd2
 @patch
 def imagine(self: RSSM,
     policy,                   # actions (B, T, A), or a function from feat (B, F) to an action (B, A)
@@ -255,11 +255,12 @@ def imagine(self: RSSM,
     sample: bool|None = None, # None = as in `self.training`
 ) -> dict: # states after each action, leading (B, T), with `act`
     "Dream: roll the prior forward."
-    states, fixed = [], torch.is_tensor(policy)
-    for t in range(policy.shape[1] if fixed else length):
-        act = policy[:, t] if fixed else policy(self.feat(state))
-        state = self.img_step(state, act, sample)
-        states.append({**state, 'act': act})
+    states, actions = [], policy.unbind(1) if torch.is_tensor(policy) else [None] * length
+    with deferred(self, on=self.cfg.deferred and len(actions) > 1):
+        for act in actions:
+            act = policy(self.feat(state)) if act is None else act
+            state = self.img_step(state, act, sample)
+            states.append({**state, 'act': act})
     return stack(states)
 
 # %% ../../nbs/22_dreamer.rssm.ipynb #cf74c061
