@@ -279,7 +279,7 @@ def _pictures(
     if (last.group >= 0).any(): report.figure(plot_group_samples(last), 'Pictures of the test set, one row for each group.', 'samples')
     report.table(group_table(stores), 'Pictures in each group.')
 
-# %% ../../nbs/70_evaluation.report.ipynb #a76fbf04
+# %% ../../nbs/70_evaluation.report.ipynb #04dc9123
 def _world_model(
     report:Report, # the page
     run:Run, # the run
@@ -293,10 +293,12 @@ def _world_model(
     m = read_json(run.path/'world_model.json')
     cfg = run.config
     report.text(f'A {cfg["dynamics"]["latent"]} latent with {cfg["dynamics"]["stoch"]} {"dimensions" if cfg["dynamics"]["latent"] == "gaussian" else "variables"} and a memory of '
-                f'{cfg["dynamics"]["deter"]} units, trained for {cfg["loop"]["steps"]} updates on images of {cfg["size"]} pixels. Below are pictures it has never seen, above what it was shown, '
-                'below what it decodes from its latent. Standard deviation and colour (chroma) near 1 times those of the data say that nothing fades to grey; with latents exchanged between pictures '
-                'the error must be large, or the decoder ignores them.')
-    report.figure(run.figures/'reconstructions.png', 'Held-out pictures (above) and their reconstructions (below).', 'reconstructions')
+                f'{cfg["dynamics"]["deter"]} units, trained for {cfg["loop"]["steps"]} updates on images of {cfg["size"]} pixels. '
+                + ('Below are pictures it has never seen, above what it was shown, below what it decodes from its latent. Standard deviation and colour (chroma) near 1 times those of the data '
+                   'say that nothing fades to grey; with latents exchanged between pictures the error must be large, or the decoder ignores them.' if 'psnr' in m else
+                   f'It has no decoder, so there are no reconstructions to show; its latent was shaped by `representation.kind={cfg["representation"]["kind"]}`. '
+                   'A latent that has died shows in the KL, below the free nats, and in units that no picture moves.'))
+    if 'psnr' in m: report.figure(run.figures/'reconstructions.png', 'Held-out pictures (above) and their reconstructions (below).', 'reconstructions')
     names = {'psnr': 'PSNR of held-out reconstructions (dB)', 'psnr_mean_image': 'PSNR of the mean image, the trivial answer (dB)', 'psnr_shuffled': 'PSNR with latents exchanged (dB)',
              'std_ratio': 'spread of the reconstructions / of the data', 'chroma_ratio': 'colour of the reconstructions / of the data', 'kl': 'KL of posterior and prior (nats)', 'active_units': 'share of latent units in use'}
     report.table(pd.DataFrame([{'measure': v, 'value': m[k]} for k, v in names.items() if k in m]), f'Measured on {m["n"]} held-out pictures.')
@@ -365,7 +367,7 @@ def _common_table(
     scratch = [r['name'] for r in results['table'] if 'scratch' in r['name']]
     if scratch: report.text(f'**{scratch[0]}**: the published numbers of this network come from ImageNet weights. Without them it is no upper bound.', note=True)
 
-# %% ../../nbs/70_evaluation.report.ipynb #f5b4d518
+# %% ../../nbs/70_evaluation.report.ipynb #8832b21b
 def _summary(
     report:Report, # the page
     run:Run, # the run
@@ -374,7 +376,7 @@ def _summary(
     facts = {}
     if (run.path/'world_model.json').exists():
         m = read_json(run.path/'world_model.json')
-        facts |= {'held-out reconstruction; the mean image has ' + f'{m["psnr_mean_image"]:.1f}': f'{m["psnr"]:.1f} dB', 'of the colour of the data is in the reconstructions': f'{100*m["chroma_ratio"]:.0f} %'}
+        if 'psnr' in m: facts |= {'held-out reconstruction; the mean image has ' + f'{m["psnr_mean_image"]:.1f}': f'{m["psnr"]:.1f} dB', 'of the colour of the data is in the reconstructions': f'{100*m["chroma_ratio"]:.0f} %'}
     if (run.path/'classify/results.json').exists():
         results = read_json(run.path/'classify/results.json')
         for p in results['probes'] or []:
