@@ -79,7 +79,17 @@ def _step(ale, action, repeat, size):
         if k >= repeat - 2: last = ale.getScreenRGB() if last is None else np.maximum(last, ale.getScreenRGB())
     return np.asarray(Image.fromarray(last).resize((size, size), Image.BOX)), reward
 
-# %% ../../nbs/45_vta.atari.ipynb #77c2601b
+# %% ../../nbs/45_vta.atari.ipynb #f641af90
+def _counters(ale, game):
+    "Lives and annotated memory of this moment."
+    return dict(lives=ale.lives(), **{k: int(ale.getRAM()[i]) for k, i in RAM.get(game, {}).items()})
+
+def _choose(actions, name, game):
+    "The action of this name; a `UserError` if the game has none."
+    if name not in actions: raise UserError(f'{game}: the player chose {name!r}; the game knows {", ".join(actions)}')
+    return actions[name]
+
+# %% ../../nbs/45_vta.atari.ipynb #a5fc31d1
 def play(
     game:str, # name as in ale-py: 'breakout', 'frostbite', 'private_eye', …
     steps:int=500, # at most
@@ -94,19 +104,14 @@ def play(
     actions = {a.name: a for a in ale.getMinimalActionSet()}
     player = player or PLAYERS.get(game, lambda: sticky_player({a: 1 for a in actions}))()
     for _ in range(rng.integers(0, 31)): _step(ale, actions['NOOP'], repeat, size)
-    at, obs, rew, act = RAM.get(game, {}), [], [], np.zeros((steps, len(actions)), np.float32)
-    watch = {k: [] for k in ('lives', *at)}
+    obs, rew, seen, act = [], [], [], np.zeros((steps, len(actions)), np.float32)
     for t in range(steps):
-        name = player(ram, rng) if t else 'NOOP'
-        if name not in actions: raise UserError(f'{game}: the player chose {name!r}; the game knows {", ".join(actions)}')
-        image, reward = _step(ale, actions[name], repeat, size)
+        name = player(ale.getRAM(), rng) if t else 'NOOP'
+        image, reward = _step(ale, _choose(actions, name, game), repeat, size)
         act[t, list(actions).index(name)] = t > 0
-        ram = ale.getRAM()
-        for k in watch: watch[k].append(ale.lives() if k == 'lives' else int(ram[at[k]]))
-        obs.append(image)
-        rew.append(reward)
+        for x, new in ((obs, image), (rew, reward), (seen, _counters(ale, game))): x.append(new)
         if ale.game_over(): break
-    info = dict(game=game, seed=int(seed), actions=list(actions), score=np.cumsum(rew).tolist(), **watch)
+    info = dict(game=game, seed=int(seed), actions=list(actions), score=np.cumsum(rew).tolist(), **{k: [s[k] for s in seen] for k in seen[0]})
     return dict(obs=np.stack(obs), act=act[:t + 1], rew=np.float32(rew), done=np.r_[np.zeros(t, bool), ale.game_over()], info=json.dumps(info))
 
 # %% ../../nbs/45_vta.atari.ipynb #09319c3e
