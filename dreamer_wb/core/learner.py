@@ -746,7 +746,7 @@ def _from_all(value, team):
     from accelerate.utils import gather_object
     return gather_object([value]) if team else [value]
 
-# %% ../../nbs/02_core.learner.ipynb #cb22a7ee
+# %% ../../nbs/02_core.learner.ipynb #d37e542d
 @patch
 def save(self: Checkpoint):
     "Write the file."
@@ -760,6 +760,7 @@ def save(self: Checkpoint):
                  record=now, callbacks={cb.name: callback_state(cb) for cb in self.kept})
     meta = dict(step=self.train_iter, epochs=self.epochs, finished=self.finished, loop=self.loop)
     if is_main(): save_checkpoint(self.path, 'training', self.config, state, meta)
+    if self.team: self.team.wait_for_everyone()                            # nobody goes on, or reads, before it is there
     self.saved = time.time()
 
 # %% ../../nbs/02_core.learner.ipynb #b1f285c3
