@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-# %% ../../nbs/44_vta.figures.ipynb #ba3c170d
+# %% ../../nbs/44_vta.figures.ipynb #3799f99e
 from ..core.runs import Run, UserError, atomic_write, write_json
 from ..data.episodes import show_images
-from .boundaries import boundary_report, evaluate_boundaries, stack_episodes
+from .boundaries import boundary_report, evaluate_boundaries, split_episodes, stack_episodes
 
-# %% ../../nbs/44_vta.figures.ipynb #bd9ecd38
+# %% ../../nbs/44_vta.figures.ipynb #1d2b73ed
 @dataclass
 class BoundarySettings:
     "What decides about boundaries besides the data; None where the config does not say."
@@ -29,6 +29,7 @@ class BoundarySettings:
     boundary_force_scale: Any = None # strength of the forcing; 0: none
     boundary_rate: Any = None # rate of READ aimed at
     boundary_scale: Any = None # weight of the pull towards that rate
+    obs_post_lag: Any = None # frames by which the lower level sees less than the current frame
 
     def __str__(self): return ', '.join(f"{k.replace('_', ' ')} {v:g}" for k, v in asdict(self).items() if v is not None) or 'no settings of boundaries in the config'
 
@@ -99,7 +100,7 @@ def choose_window(
     best = np.flatnonzero(sums >= sums.max() - 1e-9)
     return slice(int(best[len(best)//2]), int(best[len(best)//2]) + length)      # in the middle of equals
 
-# %% ../../nbs/44_vta.figures.ipynb #7dfda971
+# %% ../../nbs/44_vta.figures.ipynb #b2950d50
 def _checked(
     episode:dict, # one episode, maybe with the `settings` its arrays were made with
     settings:BoundarySettings, # those saved with the run
@@ -113,7 +114,7 @@ def _checked(
             f'{k}: these boundaries were made with {v}, but the run was trained with {saved}; rebuild the model from the config.yaml of the run')
     d = stack_episodes([{k: v for k, v in episode.items() if k != 'settings'}])
     out = {k: v[0] for k, v in d.items() if k != 'events'}
-    extra = {k: np.asarray(v) for k, v in episode.items() if k.startswith(('kl', 'seg_', 'value')) and v is not None}
+    extra = {k: np.asarray(v) for k, v in episode.items() if k.startswith(('kl', 'seg_', 'value', 'prior_prob')) and v is not None}
     return out | extra | dict(events={k: v[0] for k, v in d['events'].items()}, obs=episode.get('obs'))
 
 def _images(obs):
@@ -168,11 +169,11 @@ def boundary_grid(
     ax.axis('off')
     return _headed(fig, e, part, settings)
 
-# %% ../../nbs/44_vta.figures.ipynb #485df790
+# %% ../../nbs/44_vta.figures.ipynb #5e6a333d
 def _panels(e, settings):
     "{title: [(name, values (T,), limit or None)]} for whatever the episode has."
     length, number = segment_counters(e['read'])
-    rows = {'P(READ)': [('P(READ)', e['read_prob'], .5)],
+    rows = {'P(READ)': [('posterior', e['read_prob'], .5)] + ([('prior', e['prior_prob'], None)] if 'prior_prob' in e else []),
             'segment': [('length', e.get('seg_len', length), settings.max_seg_len), ('number', e.get('seg_num', number), settings.max_seg_num)]}
     if kls := [k for k in e if k.startswith('kl')]: rows['KL (nats)'] = [(k.removeprefix('kl_').replace('_', ' '), e[k], None) for k in sorted(kls)]
     if 'value' in e: rows['value'] = [('value', e['value'], None)]
@@ -243,7 +244,7 @@ def boundary_fired(
     if len(at) > most: fig.text(1, 0, f'{len(at) - most} more', fontsize=8, ha='right', va='bottom')
     return fig
 
-# %% ../../nbs/44_vta.figures.ipynb #359fcaaf
+# %% ../../nbs/44_vta.figures.ipynb #bf767dbc
 def limit_verdict(
     episodes:list, # of dicts
     settings:BoundarySettings, # from `boundary_settings`
@@ -253,7 +254,7 @@ def limit_verdict(
     reads = [np.asarray(e['read'], bool) if e.get('read') is not None else np.asarray(e['read_prob']) > .5 for e in episodes]
     n, hit = sum(r[1:].sum() for r in reads), sum(at_limit(r, settings.max_seg_len).sum() for r in reads)
     if not n or hit < .1*n: return []
-    return [f"Limit: {100*hit/n:.0f} % of the boundaries come exactly {settings.max_seg_len} frames after the last one, where max_seg_len forces them."
+    return [f"Limit: {100*hit/n:.0f} % of the boundaries come exactly {settings.max_seg_len} frames after the last one, where max_seg_len asks for one."
             + ' The limit is speaking, not the model.'*bool(hit > n/2)]
 
 def _draw(run, f, e, settings, window, length):
@@ -265,17 +266,17 @@ def _draw(run, f, e, settings, window, length):
     run.save_figure(fig, f.__name__, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/44_vta.figures.ipynb #0b9934b7
+# %% ../../nbs/44_vta.figures.ipynb #81e6b1c6
 def save_boundaries(
     run, # a Run or the path of its folder
-    episodes:list, # of dicts, see `stack_episodes`
+    episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see `stack_episodes`
     show:int=0, # episode in the figures
     window='reward_or_delta', # first frame, or a word, see `choose_window`
     length:int=30, # frames in the grid
     **kw # for `evaluate_boundaries`
 ) -> dict: # the evaluation, with `limits` and the saved settings
     "Figures, numbers and tables of boundaries, written into the folder of a run."
-    run = run if isinstance(run, Run) else Run.open(run)
+    run, episodes = run if isinstance(run, Run) else Run.open(run), split_episodes(episodes)
     settings, e = boundary_settings(run), episodes[range(len(episodes))[show]]
     for other in episodes: _checked(other, settings)
     if e.get('obs') is not None:
