@@ -1,0 +1,119 @@
+"The original VTA: equal to the slow way of writing it, frame by frame; its traps; its command."
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer_wb.cli import COMMANDS, kind_of, main
+from dreamer_wb.core.config import compose
+from dreamer_wb.core.runs import UserError, read_json, read_metrics
+from dreamer_wb.vta.bouncing_balls import bouncing_balls
+from dreamer_wb.vta.model import VTA, VTAConfig, VTATrainConfig, make_sequences, train_vta, vta_batches, window_episodes
+
+spec = importlib.util.spec_from_file_location('bench_vta', Path(__file__).parents[1]/'benchmarks/vta.py')
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+SMALL = dict(belief_size=8, state_size=3, seq_size=6, init_size=2)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(obs_post_lag=1), dict(causal=True, boundary_lag=1), dict(seg_len=1), dict(seg_num=99, seg_len=99), dict(init_size=1)])
+def test_same_as_frame_by_frame(kw):
+    assert bench.check(**{**dict(seq_size=6), **kw}) < 1e-9
+
+
+def small(**kw): return VTA(VTAConfig(**{**SMALL, **kw}))
+def frames(n=3, steps=10): return torch.from_numpy(bouncing_balls(n, steps)['obs']).permute(0, 1, 4, 2, 3).contiguous()
+
+
+def test_causal_boundaries_do_not_see_the_future():
+    for kw, sees in ((dict(causal=True), 0), (dict(causal=True, boundary_lag=1), -1), (dict(num_layers=1), 2)):
+        model = small(**kw).eval()
+        enc = torch.randn(1, 9, 8, requires_grad=True)
+        model.post_boundary(enc)[0, 4].sum().backward()
+        seen = enc.grad[0].abs().sum(-1).nonzero().ravel()
+        assert seen.max() == 4 + sees
+
+
+def test_segments_are_cut_off_from_one_another():
+    "At READ the backward encoder starts afresh, and so does the forward encoder of details."
+    model = small().double()
+    enc, mask = torch.randn(1, 10, 8, dtype=torch.double), torch.tensor([0., 1.]).double().repeat(1, 10, 1)
+    mask[0, 5] = torch.tensor([1., 0.])
+    a = model.encode_segments(enc, mask)
+    late, early = enc.clone(), enc.clone()
+    late[0, 6], early[0, 4] = 9, 9
+    b, c = model.encode_segments(late, mask), model.encode_segments(early, mask)
+    same = lambda x, y: (x == y).all(-1)[:, 0].tolist()
+    assert same(a[1], b[1]) == [True]*5 + [False]*2 + [True]        # abs_bwd: only the segment itself
+    assert same(a[2], c[2]) == [True]*4 + [False] + [True]*3        # obs_fwd: nothing of the last segment
+    assert same(a[0], c[0]) == [True]*4 + [False]*4                 # abs_fwd goes through
+
+
+def test_posterior_constraint_bounds_segments():
+    for kw in (dict(seg_len=2, seg_num=99), dict(seg_num=2, seg_len=99)):
+        model = small(regularise='posterior', **kw).eval()
+        for b in (5., -5.):                                         # a detector that would always, or never, READ
+            last = model.post_boundary.layers[-1]
+            with torch.no_grad(): last.weight.zero_(); last.bias.copy_(torch.tensor([b, -b]))
+            read = model.boundaries(frames())['read']
+            if 'seg_len' in kw and kw['seg_len'] == 2: assert read[:, ::2].all() or b > 0
+            if kw['seg_num'] == 2: assert (read.sum(1) <= 2).all()
+
+
+def test_modes_are_left_as_they_were_and_inputs_untouched():
+    model, obs = small().train(), frames()
+    before = obs.clone()
+    model.full_generation(obs[:, :2], 3); model.jumpy_generation(obs[:, :2], 3); model.boundaries(obs)
+    assert model.training and model.enc_obs.training and (obs == before).all()
+
+
+def test_errors_name_the_mend():
+    with pytest.raises(UserError, match='need 10'): small()(dict(obs=frames(1, 9)))
+    with pytest.raises(UserError, match='32, 64 or 128'): VTA(VTAConfig(size=96))
+    with pytest.raises(TypeError, match='uint8'): small()(dict(obs=frames().float()))
+
+
+def test_64_pixels():
+    model = small(size=64)
+    obs = torch.zeros(2, 10, 3, 64, 64, dtype=torch.uint8)
+    losses, _ = model(dict(obs=obs))
+    assert losses['obs_cost'].shape == (2, 6) and model.full_generation(obs[:, :2], 2)[0].shape == (2, 2, 3, 64, 64)
+
+
+def test_the_seeds_json_is_a_config(tmp_path):
+    file = tmp_path/'bouncing_balls_3070.json'
+    file.write_text('{"exp_name": "vta_bouncing_balls_3070", "env_type": "bouncing_balls", "work_dir": "experiments", "batch_size": 128, "epoch_data_size": 24000, '
+                    '"max_iters": 50000, "beta_anneal": 75, "learn_rate": 0.0005, "seg_num": 5, "seg_len": 8, "dt": 2.0, "data_mode": "fixed", "use_amp": true}')
+    args = [f'experiment={file}']
+    assert kind_of(COMMANDS['train'], args).schema == 'vta.model:VTATrainConfig'
+    cfg = compose(VTATrainConfig, args)
+    assert (cfg.experiment, cfg.runs_dir, cfg.loop.steps, cfg.loop.lr, cfg.dt) == ('vta_bouncing_balls_3070', 'experiments', 50000, 5e-4, 2.)
+
+
+def test_fixed_data_come_again_and_infinite_data_do_not():
+    for mode, again in (('fixed', True), ('infinite', False)):
+        cfg = VTATrainConfig(**SMALL, data_mode=mode, epoch_data_size=8, batch_size=4)
+        batches, valid = vta_batches(cfg)
+        first = [batches(i)['obs'] for i in range(2)]
+        assert any((batches(2)['obs'] == x).all() for x in first) == again
+        assert (batches(1)['obs'] == first[1]).all() and not (valid[0]['obs'][:4] == first[0]).all()
+
+
+def test_command(tmp_path, capsys):
+    args = ['train', 'experiment=colors', f'runs_dir={tmp_path}', 'name=a', 'loop.steps=4', 'loop.eval_every=2', 'loop.tensorboard=false',
+            'belief_size=8', 'batch_size=4', 'seq_size=6', 'eval_size=16']
+    assert main(args) == 0
+    run = tmp_path/'colors'/'a'
+    rows = read_metrics(run/'metrics.csv')
+    assert {'rate', 'precision', 'recall', 'f1', 'auc', 'f1_random', 'f1_clock', 'f1_frame_difference', 'valid_obs_cost'} <= set(rows.columns)
+    assert rows.beta.iloc[-1] < rows.beta.iloc[0]
+    assert (run/'videos'/'boundaries_000004.gif').read_bytes()[:6] == b'GIF89a'
+    assert read_json(run/'boundary_eval.json')['truth']['rows'][0]['method'] == 'model'
+    assert main(args) == 0                                           # finished: nothing is done again
+    model = VTA.load_from_checkpoint(run/'checkpoints'/'vta.ckpt')
+    data = make_sequences(VTATrainConfig(env_type='simple_colors', init_size=3, seq_size=6), 2, 0)
+    assert np.isfinite(window_episodes(model, [data])['read_prob']).all()
+    with pytest.raises(UserError, match='vta'): VTA.load_from_checkpoint(run/'checkpoints'/'last.ckpt')
