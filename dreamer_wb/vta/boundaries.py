@@ -224,7 +224,7 @@ def window_metrics(
     if not na.size: return dict(pk=math.nan, windowdiff=math.nan, k=int(k))
     return dict(pk=float(((na > 0) != (nb > 0)).mean()), windowdiff=float((na != nb).mean()), k=int(k))
 
-# %% ../../nbs/43_vta.boundaries.ipynb #c1c0dc75
+# %% ../../nbs/43_vta.boundaries.ipynb #eee3a7dc
 def over_episodes(
     statistic, # function of weights (draws, N) -> (draws,)
     n:int, # episodes
@@ -232,11 +232,13 @@ def over_episodes(
     level:float=.95, # confidence level
     seed:int=0, # seed of the draws
 ) -> tuple: # (low, high); nan for fewer than 5 episodes
-    "Percentile bootstrap interval over episodes; all statistics with one seed see the same draws, so differences are paired."
+    "Expanded percentile bootstrap interval over episodes; with one seed all statistics see the same draws, so differences are paired."
+    from scipy.stats import norm, t
     if n < 5: return math.nan, math.nan
+    tail = norm.cdf(math.sqrt(n/(n - 1))*t.ppf((1 - level)/2, n - 1))                     # Hesterberg 2015
     w = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=draws)          # (draws, N)
     x = statistic(w)
-    return tuple(float(q) for q in np.nanquantile(x, [(1 - level)/2, (1 + level)/2])) if np.isfinite(x).any() else (math.nan, math.nan)
+    return tuple(float(q) for q in np.nanquantile(x, [tail, 1 - tail])) if np.isfinite(x).any() else (math.nan, math.nan)
 
 # %% ../../nbs/43_vta.boundaries.ipynb #2583e487
 KINDS = ('circular', 'interval', 'uniform', 'episode') # of permutations; the last one needs several episodes, see `permutation_test`
