@@ -32,7 +32,7 @@ class LogisticMixture:
         by_colour = lambda t: t.unflatten(-1, (3, K))                    # (..., H, W, 3, K)
         self.mean0, self.log_scale, self.coeff = by_colour(mean), by_colour(log_scale).clamp(-7, 7), by_colour(coeff).tanh()
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #8a15c281
+# %% ../../nbs/26_dreamer.decoders.ipynb #7e84ad5e
 @patch
 def means(self: LogisticMixture,
     x: Tensor, # (..., H, W, 3, 1 or K), colours in [-1, 1]; blue is not used
@@ -56,6 +56,7 @@ def component_log_prob(self: LogisticMixture,
     bottom, top = x < -.999, x > .999
     return torch.where(bottom, upper, torch.where(top, lower, upper + lower + inside))
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #1bb0acaa
 @patch
 def log_prob(self: LogisticMixture,
     obs: Tensor, # (..., 3, H, W) uint8
@@ -64,7 +65,7 @@ def log_prob(self: LogisticMixture,
     joint = self.component_log_prob(obs).sum(-2) + self.logits.log_softmax(-1)
     return joint.logsumexp(-1).sum((-2, -1))
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #df23ac69
+# %% ../../nbs/26_dreamer.decoders.ipynb #fec27892
 @patch
 def _walk(self: LogisticMixture,
     value, # (mean (..., H, W, n), scale, colour 0..2) to a colour in [-1, 1]
@@ -77,7 +78,8 @@ def _walk(self: LogisticMixture,
     green = value(m[1] + c[0] * red, s[1])
     return torch.stack([red, green, value(m[2] + c[1] * red + c[2] * green, s[2])], -2)
 
-def _clipped_mean(mu, s): return (s * (F.softplus((mu + 1) / s) - F.softplus((mu - 1) / s)) - 1)
+# %% ../../nbs/26_dreamer.decoders.ipynb #0a39a31a
+def _clipped_mean(mu, s): return s * (F.softplus((mu + 1) / s) - F.softplus((mu - 1) / s)) - 1      # of a logistic cut at -1 and 1
 
 @patch(as_prop=True)
 def mean(self: LogisticMixture) -> Tensor: # (..., 3, H, W) in [-0.5, 0.5]
@@ -85,6 +87,7 @@ def mean(self: LogisticMixture) -> Tensor: # (..., 3, H, W) in [-0.5, 0.5]
     weight = self.logits.softmax(-1).unsqueeze(-2)                       # (..., H, W, 1, K)
     return .5 * (weight * self._walk(_clipped_mean)).sum(-1).movedim(-1, -3)
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #e60e4efe
 @patch(as_prop=True)
 def mode(self: LogisticMixture) -> Tensor: # (..., 3, H, W) in [-0.5, 0.5]
     "Centre of the most probable component of every pixel."
@@ -115,7 +118,7 @@ def plot_mixture(
     axes[0].legend(frameon=False, fontsize=7)
     return fig
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #8d324521
+# %% ../../nbs/26_dreamer.decoders.ipynb #0fcaecad
 class MixtureOutput:
     "A map of `10 * mixtures` channels is a LogisticMixture; its image is the mean, its loss the nats of the image."
     def __init__(self,
@@ -125,6 +128,7 @@ class MixtureOutput:
 
     def __call__(self, net_out): return LogisticMixture(net_out).mean            # (..., C, H, W) to (..., 3, H, W)
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #5e974831
 class _InPieces(torch.autograd.Function):
     "A loss of each image and its gradient at once, a few images at a time."
     @staticmethod
@@ -140,10 +144,11 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grads = ctx.saved_tensors
-        return torch.cat([g * s.view(-1, 1, 1, 1).to(g) for g, s in zip(grads, grad.split(len(grads[0])))]), None, None
+    def backward(ctx, grad): # (N,)
+        pieces = zip(ctx.saved_tensors, grad.split(len(ctx.saved_tensors[0])))
+        return torch.cat([g * s.view(-1, 1, 1, 1).to(g) for g, s in pieces]), None, None
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #7cc8a6f0
 @patch
 def loss(self: MixtureOutput,
     net_out: Tensor, # (..., C, H, W)
@@ -187,7 +192,7 @@ class ResidualDecoder(ConvDecoder):
         super().__init__(*args, **kwargs)
         for stage in self.stages[:-1]: nn.init.zeros_(stage.conv.weight)
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #a29d4bb0
+# %% ../../nbs/26_dreamer.decoders.ipynb #5d00eea2
 class Profiles(nn.Module):
     "Coefficients to maps by learned row and column profiles."
     def __init__(self,
@@ -203,6 +208,7 @@ class Profiles(nn.Module):
         wide = torch.einsum('nijc,jw->niwc', z, self.columns.to(z.dtype))
         return torch.einsum('niwc,ih->nhwc', wide, self.rows.to(z.dtype)).permute(0, 3, 1, 2)
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #870bf991
 class LatentSkip(nn.Module):
     "A map of any resolution, straight from the latent."
     def __init__(self,
@@ -262,7 +268,7 @@ def unpatchify(
     n = math.isqrt(x.shape[1])
     return x.view(len(x), n, n, p, p, -1).transpose(2, 3).reshape(len(x), n * p, n * p, -1).permute(0, 3, 1, 2)
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #75d5a3b2
+# %% ../../nbs/26_dreamer.decoders.ipynb #1aa7492b
 class Queries(nn.Module):
     "One learned vector for each patch; starts as the sine-cosine code of its row and column."
     def __init__(self,
@@ -276,6 +282,7 @@ class Queries(nn.Module):
 
     def forward(self, x): return x.unsqueeze(1) + self.queries               # (N, width) -> (N, n n, width)
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #21f7901a
 class Block(nn.Module):
     "Transformer block: attention, then a two-layer network, each behind a norm and beside a shortcut."
     def __init__(self,
@@ -301,7 +308,7 @@ def forward(self: Block,
     x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return x + self.narrow(self.act(self.wide(self.norm2(x))))
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #50d2e540
+# %% ../../nbs/26_dreamer.decoders.ipynb #954eb282
 class ViTDecoder(ImageDecoder):
     "Patches that ask the latent."
     def __init__(self,
@@ -313,13 +320,14 @@ class ViTDecoder(ImageDecoder):
     ):
         super().__init__(output or SquaredError(cfg.output))
         self.size, self.n_in, self.patch, width = size, n_in, patch_side(size, cfg.patch), cfg.depth * max(cfg.mults)
-        norm, scale = 'rms' if cfg.norm == 'rms' else 'layer', (2 * len(cfg.mults))**-.5
+        norm = 'rms' if cfg.norm == 'rms' else 'layer'
         self.latent, self.inner = nn.Linear(n_in, tokens * width), nn.Linear(n_in, width)
         self.queries = Queries(size // self.patch, width)
-        self.blocks = nn.Sequential(*[Block(width, norm, cfg.act, scale) for _ in cfg.mults])
+        self.blocks = nn.Sequential(*[Block(width, norm, cfg.act, (2 * len(cfg.mults))**-.5) for _ in cfg.mults])
         self.norm, self.pixels = vector_norm(norm, width), nn.Linear(width, self.patch**2 * self.output.channels)
         for layer in (self.latent, self.inner, self.pixels): init_weights(layer)
 
+# %% ../../nbs/26_dreamer.decoders.ipynb #56d4247e
 @patch
 def net_out(self: ViTDecoder,
     feat: Tensor, # (N, F)
@@ -330,8 +338,9 @@ def net_out(self: ViTDecoder,
     x = self.blocks(torch.cat([latent, queries], 1))[:, latent.shape[1]:]
     return unpatchify(self.pixels(self.norm(x)), self.patch)
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #b2798288
-DECODERS = {'strided': ConvDecoder, 'pool': ConvDecoder, 'residual': ResidualDecoder, 'unet': UNetDecoder, 'vit': ViTDecoder} # name in the config -> class
+# %% ../../nbs/26_dreamer.decoders.ipynb #95dc1c20
+# name in the config -> class
+DECODERS = {'strided': ConvDecoder, 'pool': ConvDecoder, 'residual': ResidualDecoder, 'unet': UNetDecoder, 'vit': ViTDecoder}
 
 def image_decoder(
     size: int,          # side of the image in pixels
