@@ -1,6 +1,6 @@
 """Does synthetic Waterbirds show the effect of the real set, and can it be undone?
 
-    python nbs/experiments/synthetic_bias.py                       # three seeds, about 5 CPU minutes each
+    python nbs/experiments/synthetic_bias.py                       # seeds 3, 4, 5, about 6 CPU minutes each
     python nbs/experiments/synthetic_bias.py --seeds 0 --difficulty hard --out hard.json
 
 Each seed draws a set of its own (official sizes, 64 pixels, in memory) and trains the small CNN from scratch on it in four ways:
@@ -114,7 +114,7 @@ def table(s):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--seeds', type=int, nargs='+', default=[3, 4, 5], help='the default look was chosen on seeds 0, 1 and 2')
     p.add_argument('--n', type=int, nargs=3, default=[4795, 1199, 5794], help='training, validation and test images')
     p.add_argument('--methods', nargs='+', default=METHODS, choices=METHODS)
     p.add_argument('--size', type=int, default=64)
