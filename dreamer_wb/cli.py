@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Optional
 
-# %% ../nbs/80_cli.ipynb #d9422925
+# %% ../nbs/80_cli.ipynb #ce7cb56a
 from .core.config import CONFIGS, UserError, check_values, compose, expand, leaves, presets, register, unknown_keys
+from .core.runs import is_main
 
 # %% ../nbs/80_cli.ipynb #1d35b6f2
 @dataclass
@@ -111,33 +112,56 @@ def _field_default(
     "Default of a field."
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
-# %% ../nbs/80_cli.ipynb #ab7f9fec
+# %% ../nbs/80_cli.ipynb #2efbea3b
 def sweep(
     command:Command, # which command
     overrides:list, # `key=value` strings, some with several values
 ) -> list: # what the function returned for each combination, in order
-    "Run every combination of the given values through Hydra's sweeper."
+    "Run every combination of the given values through Hydra's sweeper and launcher."
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-    schema, results, failures, folder = command.load('schema'), [], [], set()
-    expanded = expand(schema, overrides, command.group, sweep=True)
-    function = command.load('function')
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    schema, outer = command.load('schema'), GlobalHydra.instance().hydra
+    task = [*expand(schema, overrides, command.group, sweep=True), 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
+            'hydra.sweep.dir=runs/multirun/${now:%Y-%m-%d_%H-%M-%S}', 'hydra.sweep.subdir=.']
+    name, GlobalHydra.instance().hydra = register(schema, command.group), None
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), job_name='dreamer-wb', version_base='1.3'):
+            batches = GlobalHydra.instance().hydra.multirun(name, _job(command), task, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as e: raise UserError(_launch_error(e)) from None
+    finally: GlobalHydra.instance().hydra = outer
+    results, errors, folders = zip(*(job.return_value for batch in batches for job in batch))
+    _summarise([r for r, error in zip(results, errors) if not error], set(folders))
+    if any(errors): raise UserError(f'{sum(map(bool, errors))} of {len(errors)} runs failed: {"; ".join(filter(None, errors))}')
+    return list(results)
+
+# %% ../nbs/80_cli.ipynb #9dfbb7ff
+def _job(
+    command:Command, # which command
+): # function of a composed config that returns (result, error, folder of the sweep)
+    "What one combination does, here or on a node of a cluster."
+    function, title = command.load('function'), command.name
     def job(cfg):
-        cfg, which = check_values(OmegaConf.to_object(cfg)), HydraConfig.get().job.override_dirname.replace('/', '_')
-        folder.add(HydraConfig.get().sweep.dir)
-        if getattr(cfg, 'name', '') is None: cfg.name = which
-        try: results.append(function(cfg))
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+        which, folder = HydraConfig.get().job.override_dirname.replace('/', '_'), HydraConfig.get().sweep.dir
+        try:
+            cfg = check_values(OmegaConf.to_object(cfg))
+            if getattr(cfg, 'name', '') is None: cfg.name = which
+            return function(cfg), '', folder
         except UserError as e:
-            failures.append(f'{which}: {e}')
-            print(f'dreamer-wb {command.name}: {failures[-1]}', file=sys.stderr)
-    argv, sys.argv = sys.argv, ['dreamer-wb', '--multirun', *expanded, 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
-                                'hydra.sweep.dir=runs/multirun/${now:%Y-%m-%d_%H-%M-%S}', 'hydra.sweep.subdir=.']
-    try: hydra.main(config_path=str(CONFIGS), config_name=register(schema, command.group), version_base='1.3')(job)()
-    finally: sys.argv = argv
-    _summarise(results, folder)
-    if failures: raise UserError(f'{len(failures)} of {len(failures) + len(results)} runs failed: {"; ".join(failures)}')
-    return results
+            print(f'dreamer-wb {title}: {which}: {e}', file=sys.stderr)
+            return None, f'{which}: {e}', folder
+    return job
+
+def _launch_error(
+    error:Exception, # from Hydra
+) -> str: # one line
+    "What a person can do about it."
+    text = ' '.join(str(error).split())
+    if 'hydra/launcher' not in text: return text
+    return f'{text[:120]}: no such launcher; hydra/launcher=slurm needs `pip install "dreamer_wb[slurm]"`'
 
 # %% ../nbs/80_cli.ipynb #c0af0c39
 def _summarise(
@@ -160,7 +184,7 @@ def kind_of(
     def unknown(c): return len(unknown_keys(c.load('schema'), args, c.group))
     return command if not command.kinds or not unknown(command) else min((command, *command.kinds), key=unknown)
 
-# %% ../nbs/80_cli.ipynb #620d74a0
+# %% ../nbs/80_cli.ipynb #cf174c0e
 def run_command(
     command:Command, # which command
     args:list, # what followed it on the command line
@@ -177,7 +201,7 @@ def run_command(
     else:
         cfg = compose(command.load('schema'), overrides, command.group)
         results = [command.load('function')(cfg)]
-    if command.after:
+    if command.after and is_main():
         for result in results: print(command.after.format(result=result))
     return results
 
