@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image'
            'make_sequences', 'Kept', 'Generated', 'vta_batches', 'window_episodes', 'boundary_scores', 'watch_callback',
            'save_film', 'train_vta']
 
-# %% ../../nbs/42_vta.model.ipynb #ac3a6710
+# %% ../../nbs/42_vta.model.ipynb #3d6bbe18
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..core.config import LoopConfig, at_least, choice, from_dict, to_dict
 from ..core.runs import Run, UserError, atomic_write, load_checkpoint, save_checkpoint, write_json
@@ -88,48 +89,45 @@ def wide(
     "Out of bfloat16, for what adds up over time."
     return x if x.dtype == torch.float64 else x.float()
 
-# %% ../../nbs/42_vta.model.ipynb #bc2dab1f
+# %% ../../nbs/42_vta.model.ipynb #98afc597
+def _scan_forward(ctx, gates, h, weight, bias, new, old, add):
+    H, hs, ys, kept = h.shape[-1], [], [], []
+    for t in range(len(gates)):
+        rec = torch.baddbmm(bias, h, weight)                                        # (G,B,3H)
+        ru = (gates[t, ..., :2*H] + rec[..., :2*H]).sigmoid_()
+        n = torch.addcmul(gates[t, ..., 2*H:], ru[..., :H], rec[..., 2*H:]).tanh_()
+        y = torch.lerp(n, h, ru[..., H:])
+        hs.append(h); ys.append(y); kept.append((ru, n, rec[..., 2*H:]))
+        h = y * new[t]
+        if old is not None: h = h.addcmul_(hs[-1], old[t])
+        if add is not None: h = h.add_(add[t])
+    hs, ys, ru, n, rec = torch.stack(hs), torch.stack(ys), *(torch.stack(x) for x in zip(*kept))
+    ctx.save_for_backward(hs, ys, ru, n, rec, weight, new, old)
+    ctx.has_add = add is not None
+    return ys, torch.cat([hs[1:], h[None]])
+
+# %% ../../nbs/42_vta.model.ipynb #129f7437
+def _scan_backward(ctx, gy, gh):
+    hs, ys, ru, n, rec, weight, new, old = ctx.saved_tensors
+    H, wt, T = hs.shape[-1], weight.mT, len(hs)
+    r, u = ru[..., :H], ru[..., H:]
+    dn = (1 - u) * (1 - n*n)                                                        # of the candidate's argument, per dy
+    factors = torch.stack([dn * rec * r * (1 - r), (hs - n) * u * (1 - u), dn * r], -2)   # (T,G,B,3,H)
+    dys, dhs, dgs, dh = [None]*T, [None]*T, [None]*T, torch.zeros_like(hs[0])
+    for t in reversed(range(T)):
+        dhs[t] = dh = dh + gh[t]
+        dys[t] = torch.addcmul(gy[t], dh, new[t])
+        dgs[t] = (factors[t] * dys[t].unsqueeze(-2)).flatten(-2)                    # (G,B,3H)
+        before = torch.baddbmm(dys[t] * u[t], dgs[t], wt)
+        dh = before if old is None else before.addcmul_(dh, old[t])
+    dhs, dys, dgs = torch.stack(dhs), torch.stack(dys), torch.stack(dgs)
+    flat, dot = lambda x: x.transpose(0, 1).flatten(1, 2), lambda x: (dhs * x).sum(-1, keepdim=True)
+    return (torch.cat([dgs[..., :2*H], dys * dn], -1), dh, flat(hs).mT @ flat(dgs), flat(dgs).sum(1, keepdim=True),
+            dot(ys), None if old is None else dot(hs), dhs if ctx.has_add else None)
+
 class GRUScan(Function):
     "Groups of GRUs over time, with a gate on what is carried; see `gru_scan`."
-    @staticmethod
-    def forward(ctx, gates, h, weight, bias, new, old, add):
-        H, (hs, ys, kept) = h.shape[-1], ([], [], [])
-        for t in range(len(gates)):
-            rec = torch.baddbmm(bias, h, weight)                                    # (G,B,3H)
-            ru = (gates[t, ..., :2*H] + rec[..., :2*H]).sigmoid_()
-            r, u = ru[..., :H], ru[..., H:]
-            n = torch.addcmul(gates[t, ..., 2*H:], r, rec[..., 2*H:]).tanh_()
-            y = torch.lerp(n, h, u)
-            hs.append(h); ys.append(y); kept.append((ru, n, rec[..., 2*H:]))
-            h = y * new[t]
-            if old is not None: h = h.addcmul_(hs[-1], old[t])
-            if add is not None: h = h.add_(add[t])
-        hs, ys, ru, n, rec = torch.stack(hs), torch.stack(ys), *(torch.stack(x) for x in zip(*kept))
-        ctx.save_for_backward(hs, ys, ru, n, rec, weight, new, old)
-        ctx.has_add = add is not None
-        return ys, torch.cat([hs[1:], h[None]])
-
-    @staticmethod
-    def backward(ctx, gy, gh):
-        hs, ys, ru, n, rec, weight, new, old = ctx.saved_tensors
-        H, wt = hs.shape[-1], weight.mT
-        r, u = ru[..., :H], ru[..., H:]
-        dn = (1 - u) * (1 - n*n)                                                    # of the argument of tanh, per dy
-        factors = torch.stack([dn * rec * r * (1 - r), (hs - n) * u * (1 - u), dn * r], -2)  # (T,G,B,3,H)
-        dys, dhs, dgs, dh = [], [], [], torch.zeros_like(hs[0])
-        for t in reversed(range(len(hs))):
-            dh = dh + gh[t]
-            dy = torch.addcmul(gy[t], dh, new[t])
-            dg = (factors[t] * dy.unsqueeze(-2)).flatten(-2)                        # (G,B,3H)
-            dhs.append(dh); dys.append(dy); dgs.append(dg)
-            dh_next = torch.baddbmm(dy * u[t], dg, wt)
-            dh = dh_next if old is None else dh_next.addcmul_(dh, old[t])
-        dhs, dys, dgs = (torch.stack(x[::-1]) for x in (dhs, dys, dgs))
-        flat = lambda x: x.transpose(0, 1).flatten(1, 2)                            # (G,T*B,.)
-        dgates = torch.cat([dgs[..., :2*H], dys * dn], -1)
-        dw, db = flat(hs).mT @ flat(dgs), flat(dgs).sum(1, keepdim=True)
-        dot = lambda x: (dhs * x).sum(-1, keepdim=True)
-        return dgates, dh, dw, db, dot(ys), None if old is None else dot(hs), dhs if ctx.has_add else None
+    forward, backward = staticmethod(_scan_forward), staticmethod(once_differentiable(_scan_backward))
 
 # %% ../../nbs/42_vta.model.ipynb #72cc54db
 def gru_scan(
@@ -146,7 +144,7 @@ def gru_scan(
         weight, bias = torch.stack([c.weight_hh.T for c in cells]), torch.stack([c.bias_hh[None] for c in cells])
         return GRUScan.apply(gates, h, weight, bias, new, old, add)
 
-# %% ../../nbs/42_vta.model.ipynb #3758b953
+# %% ../../nbs/42_vta.model.ipynb #8ff62039
 def conv_layer(
     kind: type,          # nn.Conv1d, nn.Conv2d or nn.ConvTranspose2d
     n_in: int,           # channels in
@@ -157,6 +155,7 @@ def conv_layer(
     norm = nn.BatchNorm1d if kind is nn.Conv1d else nn.BatchNorm2d
     return nn.Sequential(kind(n_in, n_out, *args, bias=False), norm(n_out), nn.ELU(inplace=True))
 
+# %% ../../nbs/42_vta.model.ipynb #f5a027b7
 def make_encoder(
     H: int,    # channels
     size: int, # side of the images
@@ -167,6 +166,7 @@ def make_encoder(
     halves = [conv_layer(nn.Conv2d, H if i else 3, H, 4, 2, 1) for i in range(halvings)]
     return nn.Sequential(*halves, conv_layer(nn.Conv2d, H, H, 4, 1, 0), nn.Flatten())
 
+# %% ../../nbs/42_vta.model.ipynb #f68d2d1f
 def make_decoder(
     H: int,    # channels
     size: int, # side of the images
@@ -176,7 +176,7 @@ def make_decoder(
     return nn.Sequential(nn.Unflatten(1, (H, 1, 1)), conv_layer(nn.ConvTranspose2d, H, H, 4, 1, 0), *doublings,
                          nn.ConvTranspose2d(H, 3, 4, 2, 1), nn.Tanh())
 
-# %% ../../nbs/42_vta.model.ipynb #80c5822a
+# %% ../../nbs/42_vta.model.ipynb #4787aaf5
 class BoundaryConv(nn.Module):
     "Logits [READ, COPY] of every frame from the features of its neighbours."
     def __init__(self,
@@ -195,6 +195,7 @@ class BoundaryConv(nn.Module):
         for layer in self.layers: x = layer(F.pad(x, (2, 0)) if self.causal else x)
         return x.mT
 
+# %% ../../nbs/42_vta.model.ipynb #1c3c9938
 class LatentLayer(nn.Module):
     "Mean and standard deviation of a latent: two linear layers, no hidden one."
     def __init__(self,
@@ -283,7 +284,7 @@ class Trace(NamedTuple):
     s: tuple           # posterior and prior Gaussian of s, (B,T,S)
     feat: Tensor       # (B,T,H) what the decoder reads
 
-# %% ../../nbs/42_vta.model.ipynb #e1c59725
+# %% ../../nbs/42_vta.model.ipynb #9c4902d5
 @patch
 def draw_noise(self: VTA,
     obs: Tensor, # (B,L,3,H,W) uint8, of `L = T + 2C` frames
@@ -296,6 +297,7 @@ def draw_noise(self: VTA,
     return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None,
                 z=torch.randn(B, T, S, device=dev), s=torch.randn(B, T, S, device=dev))
 
+# %% ../../nbs/42_vta.model.ipynb #d9930957
 @patch
 def sample_boundary(self: VTA,
     logits: Tensor,  # (B,L,2) posterior logits
@@ -310,6 +312,7 @@ def sample_boundary(self: VTA,
     mask = straight_through(log_sample[:, C + 1:C + T])
     return logits, log_sample, torch.cat([read.expand(-1, C + 1, -1), mask, read.expand(-1, C, -1)], 1)
 
+# %% ../../nbs/42_vta.model.ipynb #b97a67ab
 @patch
 def constrain_posterior(self: VTA, logits, noise):
     "Frame by frame, because what is overwritten depends on what was drawn before."
@@ -392,7 +395,7 @@ def observe(self: VTA,
     window = slice(C, C + T + 1)
     return Trace(rec, mask[:, C:C + T, 0], logits[:, window], prior, log_sample[:, window], z, s, feat.transpose(0, 1))
 
-# %% ../../nbs/42_vta.model.ipynb #02b876de
+# %% ../../nbs/42_vta.model.ipynb #4d04a4e8
 @patch
 def losses(self: VTA,
     trace: Trace,   # from observe
@@ -408,6 +411,7 @@ def losses(self: VTA,
                 kl_abs=trace.z[0].kl(trace.z[1]) * trace.read.detach(), kl_obs=trace.s[0].kl(trace.s[1]),
                 kl_mask=self.boundary_kl(post, prior, trace.log_sample[:, 1:]))
 
+# %% ../../nbs/42_vta.model.ipynb #28e0ac72
 @patch
 def mse(self: VTA,
     obs_cost: Tensor, # (B,T) from losses
@@ -416,6 +420,7 @@ def mse(self: VTA,
     n = 3 * self.cfg.size**2
     return (obs_cost.mean() - n*(math.log(self.cfg.obs_std) + .5*math.log(2*math.pi))) * 2*self.cfg.obs_std**2 / n
 
+# %% ../../nbs/42_vta.model.ipynb #c9c58430
 @patch
 def boundary_kl(self: VTA,
     post: Tensor,       # (B,T,2) logits
@@ -427,7 +432,7 @@ def boundary_kl(self: VTA,
     q, p = post.log_softmax(-1), prior.log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
 
-# %% ../../nbs/42_vta.model.ipynb #220f991e
+# %% ../../nbs/42_vta.model.ipynb #58764a7d
 @patch
 def forward(self: VTA,
     batch: dict, # `obs` (B,L,3,H,W) uint8
@@ -443,6 +448,7 @@ def forward(self: VTA,
                        q_read=trace.post_logit[:, 1:].softmax(-1)[..., 0].mean(), p_read=trace.prior_logit.softmax(-1)[..., 0].mean())
     return losses, dict(metrics, beta=self.beta)
 
+# %% ../../nbs/42_vta.model.ipynb #5a0e8622
 @patch
 def anneal(self: VTA,
     step: int, # updates done
@@ -451,6 +457,7 @@ def anneal(self: VTA,
     cfg = self.cfg
     self.beta = cfg.max_beta if not cfg.beta_anneal else (cfg.max_beta - cfg.min_beta) * .999**(step/cfg.beta_anneal) + cfg.min_beta
 
+# %% ../../nbs/42_vta.model.ipynb #1d088b3b
 @patch
 def param_groups(self: VTA,
     loop, # a LoopConfig
@@ -476,7 +483,7 @@ def boundaries(self: VTA,
     out['forced'] = torch.arange(T).expand(len(obs), T) == 0
     return {k: v.cpu().numpy() for k, v in out.items()}
 
-# %% ../../nbs/42_vta.model.ipynb #605f88f1
+# %% ../../nbs/42_vta.model.ipynb #80e55042
 @patch
 def begin(self: VTA,
     obs: Tensor, # (B,C,3,H,W) uint8 context
@@ -488,6 +495,7 @@ def begin(self: VTA,
     for t in range(enc.shape[1]): h = self.abs_post_fwd(enc[:, t], h)
     return h
 
+# %% ../../nbs/42_vta.model.ipynb #8f15a5c6
 @patch
 def generate(self: VTA,
     obs: Tensor,           # (B,C,3,H,W) uint8 context
@@ -572,7 +580,7 @@ class VTATrainConfig(VTAConfig):
     use_amp: bool = True # false: float32, whatever loop.amp says
     loop: VTALoop = field(default_factory=VTALoop) # training loop
 
-# %% ../../nbs/42_vta.model.ipynb #4b286ef5
+# %% ../../nbs/42_vta.model.ipynb #4c430dec
 def make_sequences(
     cfg: VTATrainConfig, # env_type, dt, balls, seq_size, init_size
     n: int,              # sequences
@@ -584,10 +592,12 @@ def make_sequences(
     else: data = color_patterns(n, L, seed, kind=cfg.env_type.partition('_')[0], size=cfg.size)
     return dict(obs=torch.from_numpy(data['obs']).permute(0, 1, 4, 2, 3).contiguous(), read=torch.from_numpy(data['read']))
 
+# %% ../../nbs/42_vta.model.ipynb #ebafd6c8
 class Kept(list):
     "Evaluation batches in memory."
     def __call__(self, i: int) -> dict: return self[i]
 
+# %% ../../nbs/42_vta.model.ipynb #9bc26a17
 class Generated:
     "Batches made on the spot, a pure function of the seed and of the step."
     def __init__(self,
@@ -615,7 +625,7 @@ def vta_batches(
     valid = Sequential(stores[1], 64, L, keys=keys)
     return Batches(stores[0], cfg.batch_size, L, seed=cfg.seed, keys=keys), Kept(valid(i) for i in range(min(-(-cfg.eval_size // 64), len(valid))))
 
-# %% ../../nbs/42_vta.model.ipynb #17ea6dbc
+# %% ../../nbs/42_vta.model.ipynb #e477ecc8
 def window_episodes(
     model: VTA,    # any VTA; its mode is left as it was
     batches: list, # of dicts with `obs`, and `read` if the truth is known
@@ -629,6 +639,7 @@ def window_episodes(
     if 'read' in batches[0]: out['true'] = torch.cat([b['read'][:, C:C + T] for b in batches]).numpy()
     return out
 
+# %% ../../nbs/42_vta.model.ipynb #bbf2e96d
 def boundary_scores(
     windows: dict, # from window_episodes
 ) -> dict: # rate; with a truth also precision, recall, f1, f1_tol1, auc, auc_prior and f1 of the baselines at the same rate
@@ -644,7 +655,7 @@ def boundary_scores(
         if name != 'every frame': out[f'f1_{name.replace(" ", "_")}'] = np.mean([boundary_prf(p, d['true'], 0, ~s)['f1'] for p in pred])
     return {k: float(np.nan_to_num(v)) for k, v in out.items()}
 
-# %% ../../nbs/42_vta.model.ipynb #8a1f0bd0
+# %% ../../nbs/42_vta.model.ipynb #ff0f49d7
 def watch_callback(
     model_batches: list, # evaluation batches, with `read` if the truth is known
     run: Run,            # where the films go
@@ -660,6 +671,7 @@ def watch_callback(
             save_film(windows, run.videos/f'boundaries_{self.train_iter:06d}.gif')
     return Watch()
 
+# %% ../../nbs/42_vta.model.ipynb #69cb3770
 def save_film(
     windows: dict, # from window_episodes
     path,          # of the .gif
