@@ -159,7 +159,7 @@ class DreamerConfig:
     use_policy: bool = False # train a policy in imagination
     use_value: bool = False # train a value function in imagination
 
-# %% ../../nbs/00_core.config.ipynb #47a86306
+# %% ../../nbs/00_core.config.ipynb #5ef71748
 @dataclass
 class TrainConfig(WorldModelConfig):
     "Everything that `dreamer-wb train` reads."
@@ -176,6 +176,7 @@ class TrainConfig(WorldModelConfig):
     batch_length: int = at_least(1, 1) # steps of each; 1 for still images
     repeat: int = at_least(1, 1) # show a still image this many times in a row, as an episode with the action "do nothing"
     flip: bool = False # mirror training images left to right at random; not where actions know left from right
+    doctor: bool = True # look at the model in the first minute of training and warn if it cannot learn to reconstruct
     dreamer: DreamerConfig = field(default_factory=DreamerConfig) # agent parts
     loop: LoopConfig = field(default_factory=LoopConfig) # training loop
 

@@ -327,8 +327,8 @@ def differences(a: dict,          # a config
         elif x != y: out[f'{prefix}{k}'] = (x, y)
     return out
 
-# %% ../../nbs/01_core.runs.ipynb #f39406b3
-HARMLESS = ('name', 'runs_dir', 'progress', *(f'loop.{k}' for k in 'progress tensorboard mlflow wandb wandb_project checkpoint_seconds'.split()))
+# %% ../../nbs/01_core.runs.ipynb #c7779c93
+HARMLESS = ('name', 'runs_dir', 'progress', 'doctor', *(f'loop.{k}' for k in 'progress tensorboard mlflow wandb wandb_project checkpoint_seconds'.split()))
 GROWS = ('loop.steps',)
 
 # %% ../../nbs/01_core.runs.ipynb #4c2feef4
