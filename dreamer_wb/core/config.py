@@ -8,10 +8,11 @@ __all__ = ['ALIASES', 'CONFIGS', 'choice', 'at_least', 'items', 'EncoderConfig',
            'leaves', 'to_dict', 'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'unknown_keys',
            'register', 'compose']
 
-# %% ../../nbs/00_core.config.ipynb #37b80448
+# %% ../../nbs/00_core.config.ipynb #c6b94e57
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -180,7 +181,8 @@ class TrainConfig(WorldModelConfig):
     dreamer: DreamerConfig = field(default_factory=DreamerConfig) # agent parts
     loop: LoopConfig = field(default_factory=LoopConfig) # training loop
 
-# %% ../../nbs/00_core.config.ipynb #0f54ee9f
+# %% ../../nbs/00_core.config.ipynb #3ce6dd0c
+@cache
 def _helps(
     schema:type, # a dataclass
 ) -> dict: # {field name: comment behind it}
