@@ -140,17 +140,18 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     file, (train, test) = args.out/f'decoders_{args.size}.json', pictures(args.size)
-    record = read_json(file) if file.exists() else dict(seconds=args.seconds, torch=torch.__version__, results={})
+    load = lambda: read_json(file) if file.exists() else dict(seconds=args.seconds, torch=torch.__version__, results={})
     def strip(x, name): # some pictures side by side
         n = 8 if args.size < 100 else 4
         Image.fromarray(image_rows(x[::len(x) // n][:n])).save(args.out/f'decoders_{args.size}_{name.replace(" ", "_")}.jpg', quality=88)
-    if 'baselines' not in record:
-        record['baselines'] = baselines(train, test, 128)
+    if 'baselines' not in load():
+        found = baselines(train, test, 128)
         strip(test, 'input')
-        write_json(file, record)
+        write_json(file, load() | dict(baselines=found))
     for seed, kind in ((s, k) for s in args.seeds for k in args.only):
-        if any(r['seed'] == seed for r in record['results'].get(kind, [])): continue
-        found, recon = run(args.size, kind, seed, train, test, record['seconds'])
+        if any(r['seed'] == seed for r in load()['results'].get(kind, [])): continue
+        found, recon = run(args.size, kind, seed, train, test, load()['seconds'])
+        record = load()                                                          # another process may have added to it
         record['results'].setdefault(kind, []).append(found)
         if seed == 0: strip(recon, kind)
         write_json(file, record)
