@@ -32,33 +32,33 @@ class Hold(Function):
         grads = ctx.kind.weight_grads(x, g, len(need))
         return None, None, None, *(grad.to(d) if n else None for grad, d, n in zip(grads, ctx.dtypes, need))
 
-# %% ../../nbs/03_core.deferred.ipynb #61a5e356
+# %% ../../nbs/03_core.deferred.ipynb #440c0807
 class Step(Function):
     "One use of held parameters."
     @staticmethod
     def forward(ctx, kind, tape, number, x, *params):
         ctx.kind, ctx.tape, ctx.number, ctx.dtype = kind, tape, number, x.dtype
-        x = x.to(params[0].dtype)
-        ctx.save_for_backward(x, params[0])
-        return kind.apply(x, *params)
+        y, *saved = kind.apply(x.to(params[0].dtype), *params)
+        ctx.save_for_backward(params[0], *saved)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        if any(ctx.needs_input_grad[4:]): ctx.tape[ctx.number] = x, grad   # by number: going backward twice counts once
-        dx = ctx.kind.input_grad(grad, x, weight).to(ctx.dtype) if ctx.needs_input_grad[3] else None
+        weight, *saved = ctx.saved_tensors
+        if any(ctx.needs_input_grad[4:]): ctx.tape[ctx.number] = saved[0], grad   # by number: going backward twice counts once
+        dx = ctx.kind.input_grad(grad, weight, *saved).to(ctx.dtype) if ctx.needs_input_grad[3] else None
         return None, None, None, dx, *[None]*(len(ctx.needs_input_grad) - 4)
 
-# %% ../../nbs/03_core.deferred.ipynb #b958c075
+# %% ../../nbs/03_core.deferred.ipynb #a6aa95e8
 class Dense:
     "`y = x W' + b` for rows x (N, in); W (out, in), b (out,)."
     axis, dtype = 0, None
 
     @staticmethod
-    def apply(x, w, b=None): return F.linear(x, w, b)
+    def apply(x, w, b=None): return F.linear(x, w, b), x
     @staticmethod
-    def input_grad(g, x, w): return g @ w
+    def input_grad(g, w, x): return g @ w
     @staticmethod
     def weight_grads(x, g, n): return (g.T @ x, g.sum(0))[:n]
 
@@ -67,9 +67,9 @@ class Block:
     axis, dtype = 1, None
 
     @staticmethod
-    def apply(x, w, b): return torch.baddbmm(b, x, w)
+    def apply(x, w, b): return torch.baddbmm(b, x, w), x
     @staticmethod
-    def input_grad(g, x, w): return g @ w.mT
+    def input_grad(g, w, x): return g @ w.mT
     @staticmethod
     def weight_grads(x, g, n): return x.mT @ g, g.sum(1, keepdim=True)
 

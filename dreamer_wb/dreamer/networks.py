@@ -68,7 +68,7 @@ def activation(
     "Activation by its name in the config."
     return {'silu': nn.SiLU, 'relu': nn.ReLU, 'elu': nn.ELU, 'gelu': nn.GELU}[kind]()
 
-# %% ../../nbs/21_dreamer.networks.ipynb #52ab6b12
+# %% ../../nbs/21_dreamer.networks.ipynb #94ec8969
 class RowRMS:
     "RMS norm of rows x (N, n) with scale w (n,), as `deferred` wants it; an instance knows `eps`."
     axis, dtype = 0, torch.float32
@@ -76,13 +76,14 @@ class RowRMS:
         eps: float, # added to the mean square
     ): self.eps = eps
 
-    def factor(self, x): return x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()      # (N, 1)
-    def apply(self, x, w): return (x * self.factor(x)).mul_(w)
-    def input_grad(self, g, x, w):
-        r = self.factor(x)
-        n, g = x * r, g * w
+    def apply(self, x, w):
+        r = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()                              # (N, 1)
+        n = x * r
+        return n * w, n, r
+    def input_grad(self, g, w, n, r):
+        g = g * w
         return torch.addcmul(g, n, (g * n).mean(-1, keepdim=True), value=-1).mul_(r)
-    def weight_grads(self, x, g, n): return ((x * self.factor(x)).mul_(g).sum(0),)
+    def weight_grads(self, n, g, count): return ((n * g).sum(0),)
 
 @holds(RMSNorm)
 def hold_rms(
