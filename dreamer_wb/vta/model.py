@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image'
            'make_sequences', 'Kept', 'Generated', 'vta_batches', 'window_episodes', 'boundary_scores', 'watch_callback',
            'save_film', 'train_vta']
 
-# %% ../../nbs/42_vta.model.ipynb #3d6bbe18
+# %% ../../nbs/42_vta.model.ipynb #76c0ff25
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from ..dreamer.distributions import Gaussian
 from ..dreamer.world_model import pick_device
 from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_episodes
 from .bouncing_balls import bouncing_balls, color_patterns, film, show_sequences
+from .maze import maze_sequences
 
 # %% ../../nbs/42_vta.model.ipynb #f2d8c7d2
 @dataclass
@@ -341,7 +342,23 @@ def encode_segments(self: VTA,
     y, _ = gru_scan([self.abs_post_fwd, self.abs_post_bwd, self.obs_post_fwd], [x, x.flip(0), x], start, new)
     return y[:, 0], y[:, 1].flip(0), y[:, 2]
 
-# %% ../../nbs/42_vta.model.ipynb #fb088570
+# %% ../../nbs/42_vta.model.ipynb #0c84a0f3
+@patch
+def abstract(self: VTA,
+    read: Tensor,    # (T,B,1), and so is the next
+    copy: Tensor,
+    post: Gaussian,  # posterior of z, (T,B,S)
+    start: Tensor,   # (B,H) belief at the first frame
+    noise: Tensor,   # (T,B,S)
+) -> tuple: # z (T,B,S), belief (T,B,H)
+    "Abstract latent and belief: both change at READ only."
+    draw, z = read * post.sample(noise), []
+    for t in range(len(draw)): z.append(torch.addcmul(draw[t], copy[t], z[-1]) if z else draw[t])
+    z = torch.stack(z)
+    _, belief = gru_scan([self.update_abs_belief], [z[:-1]], start[None], read[1:, None], copy[1:, None])
+    return z, torch.cat([start[None], belief[:, 0]])
+
+# %% ../../nbs/42_vta.model.ipynb #59fd8378
 @patch
 def transition(self: VTA,
     mask: Tensor,    # (B,L,2)
@@ -351,21 +368,13 @@ def transition(self: VTA,
     noise: dict,     # from draw_noise
 ) -> tuple: # z (posterior, prior), s (posterior, prior), features; time first
     "The latents of frames C to C+T-1."
-    cfg = self.cfg
-    C, T = cfg.init_size, cfg.seq_size
-    read, copy = mask[:, C:C + T].permute(2, 1, 0)[..., None].unbind(0)            # (T,B,1)
-    post_z = self.post_abs_state(abs_fwd[C - 1:C + T - 1], abs_bwd[C:C + T])
-    draw, z = read * post_z.sample(noise['z'].transpose(0, 1)), []
-    for t in range(T): z.append(torch.addcmul(draw[t], copy[t], z[-1]) if z else draw[t])
-    z = torch.stack(z)                                                             # (T,B,S)
-    start = abs_fwd[C - 1]
-    _, belief = gru_scan([self.update_abs_belief], [z[:-1]], start[None], read[1:, None], copy[1:, None])
-    belief = torch.cat([start[None], belief[:, 0]])                                # (T,B,H)
+    C, n, lag = self.cfg.init_size, self.cfg.init_size + self.cfg.seq_size, self.cfg.obs_post_lag
+    read, copy = mask[:, C:n].permute(2, 1, 0)[..., None].unbind(0)                # (T,B,1)
+    post_z = self.post_abs_state(abs_fwd[C - 1:n - 1], abs_bwd[C:n])
+    z, belief = self.abstract(read, copy, post_z, abs_fwd[C - 1], noise['z'].transpose(0, 1))
     abs_feat = wide(self.abs_feat(torch.cat([belief, z], -1)))
-    lag = cfg.obs_post_lag
-    post_s = self.post_obs_state(obs_fwd[C - lag:C + T - lag], abs_feat)
-    s = post_s.sample(noise['s'].transpose(0, 1))
-    reset = (read * abs_feat)[1:, None]
+    post_s = self.post_obs_state(obs_fwd[C - lag:n - lag], abs_feat)
+    s, reset = post_s.sample(noise['s'].transpose(0, 1)), (read * abs_feat)[1:, None]
     _, h = gru_scan([self.update_obs_belief], [torch.cat([s[:-1], abs_feat[1:]], -1)], abs_feat[:1], copy[1:, None], add=reset)
     h = torch.cat([abs_feat[:1], h[:, 0]])
     feat = wide(self.obs_feat(torch.cat([h, s], -1)))
@@ -560,7 +569,7 @@ class VTALoop(LoopConfig):
     warmup: float = at_least(0.0, 0) # over what share of the steps the learning rate rises from 0; 1 or more: over how many steps
     clip: float = at_least(10.0, 0) # largest norm of the gradient, 0 = no clipping
 
-# %% ../../nbs/42_vta.model.ipynb #9e5f0541
+# %% ../../nbs/42_vta.model.ipynb #ae44810d
 @dataclass
 class VTATrainConfig(VTAConfig):
     "Everything that `dreamer-wb train` reads for a VTA."
@@ -569,26 +578,28 @@ class VTATrainConfig(VTAConfig):
     runs_dir: str = 'runs' # folder of all runs
     seed: int = at_least(111, 0) # seed of weights, data and noise
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
-    env_type: str = choice('bouncing_balls', 'simple_colors', 'conditional_colors') # sequences that are made during training
+    env_type: str = choice('bouncing_balls', 'simple_colors', 'conditional_colors', '3d_maze') # sequences that are made during training
     data_dir: str = '' # folder of episodes with train/ and val/ inside, instead of env_type; true boundaries under the key read
     data_mode: str = choice('infinite', 'fixed') # new sequences at every step, or epoch_data_size of them again and again
     epoch_data_size: int = at_least(24_000, 1) # number of sequences if data_mode=fixed
     dt: float = at_least(1.0, 0) # time between two frames of bouncing_balls; at 2 seg_num=5 is too few
+    maze_seed: int = at_least(0, 0) # which maze, for 3d_maze
     balls: BallsConfig = field(default_factory=BallsConfig) # of bouncing_balls
     batch_size: int = at_least(64, 1) # sequences in a batch
     eval_size: int = at_least(256, 1) # sequences that the boundaries are scored on
     use_amp: bool = True # false: float32, whatever loop.amp says
     loop: VTALoop = field(default_factory=VTALoop) # training loop
 
-# %% ../../nbs/42_vta.model.ipynb #4c430dec
+# %% ../../nbs/42_vta.model.ipynb #67bc8152
 def make_sequences(
-    cfg: VTATrainConfig, # env_type, dt, balls, seq_size, init_size
+    cfg: VTATrainConfig, # env_type, dt, balls, maze_seed, seq_size, init_size
     n: int,              # sequences
     seed,                # same seed, same bytes
 ) -> dict: # tensors obs (n,L,3,H,W) uint8, read (n,L) bool
     "Sequences of `seq_size + 2 init_size` frames with their true boundaries."
     L = cfg.seq_size + 2*cfg.init_size
     if cfg.env_type == 'bouncing_balls': data = bouncing_balls(n, L, seed, size=cfg.size, dt=cfg.dt, **to_dict(cfg.balls))
+    elif cfg.env_type == '3d_maze': data = maze_sequences(n, L, seed, cfg.maze_seed, cfg.size)
     else: data = color_patterns(n, L, seed, kind=cfg.env_type.partition('_')[0], size=cfg.size)
     return dict(obs=torch.from_numpy(data['obs']).permute(0, 1, 4, 2, 3).contiguous(), read=torch.from_numpy(data['read']))
 
