@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTES', 'SHAPES', 'COLORS', 'simulate_balls', 'draw_balls', 'bouncing_balls', 'show_sequences', 'sequence_stats',
-           'frame_difference', 'auc', 'big_ball', 'color_patterns', 'write_sequences', 'film']
+           'big_ball', 'color_patterns', 'write_sequences', 'film']
 
 # %% ../../nbs/40_vta.bouncing_balls.ipynb #bd45f410
 import io
@@ -121,25 +121,6 @@ def sequence_stats(
     "What a model of segments has to know about its data."
     count = read[:, 1:].sum(1)
     return dict(rate=read[:, 1:].mean(), per_window=count.mean(), many=(count > 4).mean(), lit=(obs > 127).mean())
-
-# %% ../../nbs/40_vta.bouncing_balls.ipynb #2f576329
-def frame_difference(
-    obs: np.ndarray, # (n,T,H,W,C) uint8
-) -> np.ndarray: # (n,T) float32, mean absolute difference to the frame before in units of 255; 0 at the first
-    "How much each frame differs from the one before."
-    out, x = np.zeros(obs.shape[:2], np.float32), obs.astype(np.int16)
-    out[:, 1:] = np.abs(x[:, 1:] - x[:, :-1]).mean((2, 3, 4)) / 255
-    return out
-
-def auc(
-    score: np.ndarray, # any shape
-    truth: np.ndarray, # bool, same shape
-) -> float: # NaN if there is only one class
-    "Probability that a positive has a higher score than a negative, ties counting half."
-    from scipy.stats import rankdata
-    score, truth = np.ravel(score), np.ravel(truth).astype(bool)
-    n1, n0 = truth.sum(), (~truth).sum()
-    return float((rankdata(score)[truth].sum() - n1*(n1 + 1)/2) / (n1*n0)) if n1 and n0 else float('nan')
 
 # %% ../../nbs/40_vta.bouncing_balls.ipynb #e003fabd
 def big_ball(
