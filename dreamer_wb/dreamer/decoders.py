@@ -101,7 +101,7 @@ def sample(self: LogisticMixture) -> Tensor: # (..., 3, H, W) in [-0.5, 0.5], on
     draw = lambda mu, s: (((mu + s * torch.rand_like(mu).clamp(1e-6, 1 - 1e-6).logit()).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     return .5 * self._walk(draw, pick).squeeze(-1).movedim(-1, -3)
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #3d018af0
+# %% ../../nbs/26_dreamer.decoders.ipynb #06b74fcd
 def plot_mixture(
     mix: LogisticMixture, # of one pixel: map (1, 10 K, 1, 1)
     obs: Tensor,          # (N, 3, 1, 1) uint8, that pixel in N images
@@ -109,7 +109,7 @@ def plot_mixture(
     "Histogram of a pixel's red, green and blue, and the mixture's samples."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(9, 2), layout='constrained', sharey=True, dpi=72)
-    drawn = torch.cat([mix.sample() for _ in range(20_000)]).flatten(1) * 255 + 127.5
+    drawn = torch.cat([mix.sample() for _ in range(5000)]).flatten(1) * 255 + 127.5
     for ax, name, seen, own, mean in zip(axes, ('red', 'green', 'blue'), obs.flatten(1).T, drawn.T, mix.mean.flatten()):
         ax.hist(seen.numpy(), range(0, 257, 4), density=True, color='.8', label='pictures')
         ax.hist(own.numpy(), range(0, 257, 4), density=True, histtype='step', color=name, label='mixture')
