@@ -342,7 +342,16 @@ def _put(
     for part in path: tree = tree.setdefault(part, {})
     tree[last] = value
 
-# %% ../../nbs/00_core.config.ipynb #4325b7cd
+# %% ../../nbs/00_core.config.ipynb #5c7b2761
+def _groups(
+    schema:type, # dataclass of a command
+    group:Optional[str], # config group of its presets
+) -> List[str]: # groups in the order in which they are laid over one another
+    "Experiments, and for world models their sizes."
+    if not group: return []
+    return [group, 'model'] if issubclass(schema, WorldModelConfig) else [group]
+
+# %% ../../nbs/00_core.config.ipynb #e1c471b9
 def expand(
     schema:type, # dataclass of the command
     overrides:List[str], # `key=value` strings
@@ -360,6 +369,10 @@ def expand(
         if over.is_sweep_override() and not sweep: raise UserError(f'`{text}`: several values are a sweep: add -m')
         key, value = over.key_or_group, text.partition('=')[2]
         if key.startswith('hydra'): out.append(text)
+        elif key == 'model' and key in _groups(schema, group):
+            for name in value.split(','):
+                if name not in presets(key): raise UserError(f'no size `{name}`{_nearest(name, presets(key))} (there are {", ".join(presets(key))})')
+            out.append(text)
         elif key == group and (CONFIGS/group).is_dir():
             for name in value.split(','):
                 if not name.endswith(('.yaml', '.yml', '.json')) and name not in presets(group):
@@ -387,7 +400,7 @@ def unknown_keys(
     known = leaves(schema)
     return [k for k in keys if not (k in known or any(x.startswith(k + '.') for x in known) or ALIASES.get(k, ('',))[0] in known)]
 
-# %% ../../nbs/00_core.config.ipynb #0c48a93b
+# %% ../../nbs/00_core.config.ipynb #a8bf11b2
 def register(
     schema:type, # dataclass of a command
     group:Optional[str]='experiment', # config group of its presets, None if it has none
@@ -396,7 +409,7 @@ def register(
     from hydra.core.config_store import ConfigStore
     store, name = ConfigStore.instance(), schema.__name__
     store.store(name=f'{name}_schema', node=schema)
-    store.store(name=name, node={'defaults': [f'{name}_schema', *([{group: None}] if group else []), '_self_']})
+    store.store(name=name, node={'defaults': [f'{name}_schema', *({g: None} for g in _groups(schema, group)), '_self_']})
     return name
 
 # %% ../../nbs/00_core.config.ipynb #7a9ad061
