@@ -8,9 +8,10 @@ __all__ = ['ALIASES', 'CONFIGS', 'choice', 'at_least', 'items', 'EncoderConfig',
            'leaves', 'to_dict', 'check_values', 'from_dict', 'presets', 'read_config_file', 'expand', 'unknown_keys',
            'register', 'compose']
 
-# %% ../../nbs/00_core.config.ipynb #c6b94e57
+# %% ../../nbs/00_core.config.ipynb #8078cec3
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -289,14 +290,15 @@ def from_dict(
             except OmegaConfBaseException as e: raise UserError(f'{key}={value} {where}: {str(e).splitlines()[0]}') from None
     return check_values(OmegaConf.to_object(cfg))
 
-# %% ../../nbs/00_core.config.ipynb #6a772eb2
+# %% ../../nbs/00_core.config.ipynb #09a8f25f
 CONFIGS = Path(__file__).parents[1]/'configs' if '__file__' in globals() else Path('../dreamer_wb/configs').resolve()
 
 def presets(
     group:str='experiment', # folder in `dreamer_wb/configs`
 ) -> dict: # {name: first comment line of the file}
     "The presets that ship with the package."
-    return {p.stem: p.read_text('utf-8').splitlines()[1].lstrip('# ') for p in sorted((CONFIGS/group).glob('*.yaml'))}
+    by_number = lambda p: [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', p.stem)]     # size12m before size100m
+    return {p.stem: p.read_text('utf-8').splitlines()[1].lstrip('# ') for p in sorted((CONFIGS/group).glob('*.yaml'), key=by_number)}
 
 # %% ../../nbs/00_core.config.ipynb #2637aeaa
 def read_config_file(
