@@ -45,7 +45,7 @@ VTA = Command('train', 'vta.model:VTATrainConfig', 'vta.model:train_vta', 'seque
     ('dreamer-wb train experiment=bouncing_balls_cpu', 'dreamer-wb train experiment=colors seed=0,1,2 -m', 'dreamer-wb train experiment=bouncing_balls dt=2 seg_num=10'),
     group='experiment', after='run: {result.path}\nboundaries: {result.path}/boundary_eval.md, figures/, videos/')
 
-# %% ../nbs/80_cli.ipynb #36ae69f5
+# %% ../nbs/80_cli.ipynb #4f22e1db
 COMMANDS = {c.name: c for c in (
     Command('demo', 'evaluation.demo:DemoConfig', 'evaluation.demo:demo', 'the whole path on built-in pictures, ending in a report',
             'Draws synthetic Waterbirds, pre-trains a world model on them, classifies from its latents and with the baselines, and writes a report. '
@@ -63,6 +63,10 @@ COMMANDS = {c.name: c for c in (
              'dreamer-wb train experiment=my.yaml data_dir=datasets/waterbirds_episodes name=first loop.steps=5000',
              'dreamer-wb train experiment=demo data_dir=datasets/synthetic dynamics.free_nats=0,1,3 seed=0,1,2 -m'),
             group='experiment', after='run: {result.path}\nnext: dreamer-wb classify run={result.path}', kinds=(VTA,)),
+    Command('doctor', 'dreamer.collapse:DoctorConfig', 'dreamer.collapse:doctor', 'world model -> why its reconstructions are grey, blurred or washed out',
+            'Measures ranges, loss weights, gradients, latent and decoder of the model that a run has saved, and names the cause with figure, threshold and mend; '
+            '"healthy" if there is none, "unknown" if none fits. Writes doctor.json and figures/doctor.png into the run folder.',
+            ('dreamer-wb doctor run=runs/waterbirds_minimal/first',), after='{result}'),
     Command('classify', 'classifier.compare:ClassifyConfig', 'classifier.compare:classify', 'world model -> latents -> classifiers, beside the baselines',
             'Extracts the latents once, trains heads on them and the baselines on the same data (ERM, group-balanced, GroupDRO, DFR), and writes one table with accuracies per group.',
             ('dreamer-wb classify run=runs/waterbirds_minimal/first', 'dreamer-wb classify run=runs/demo/seed0 models=[latent,pca] methods=[erm,dfr] seeds=5')),

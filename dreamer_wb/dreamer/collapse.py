@@ -186,12 +186,12 @@ def output_range(
     ends = [show(torch.full_like(like[:1, :1], sign * 1e4)).mean().item() for sign in (-1, 1)]
     return min(ends), max(ends)
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #8bdd45e2
+# %% ../../nbs/24_dreamer.collapse.ipynb #8a174449
 @torch.no_grad()
 def picture_health(
     world: nn.Module, # a copy of a world model
     batch: dict,      # `obs` (B, T, 3, H, W) uint8, `act` (B, T, A), `first` (B, T)
-) -> dict: # psnr, psnr_mean_image, psnr_shuffled, psnr_open_loop, std_ratio, chroma_ratio, response
+) -> dict: # psnr, psnr_mean_image, psnr_shuffled, psnr_open_loop, std_ratio, chroma_ratio, response, used, gain, open_loop
     "Reconstructions against the images, the mean image, each other and imagination."
     obs, act, first = (batch[k] for k in ('obs', 'act', 'first'))
     image, latent = image_to_float(obs), world.eval().encoder(obs, act, first)
@@ -202,8 +202,8 @@ def picture_health(
     out = dict(psnr=psnr(recon, image), psnr_mean_image=psnr(flat.mean(0).expand_as(flat), flat), psnr_shuffled=psnr(recon.roll(len(recon) // 2, 0), image),
                psnr_open_loop=psnr(dream, truth), std_ratio=spread(recon.flatten(0, 1)) / spread(flat), chroma_ratio=chroma(recon) / chroma(image),
                response=spread(world.decoder(_broad(world.dynamics, latent)).flatten(0, 1)) / spread(flat))
-    out['used'] = out['psnr'] - out['psnr_shuffled']
-    out['open_loop'] = (out['psnr_open_loop'] - out['psnr_mean_image']) / max(out['psnr'] - out['psnr_mean_image'], .1)
+    out |= dict(used=out['psnr'] - out['psnr_shuffled'], gain=out['psnr'] - out['psnr_mean_image'])
+    out['open_loop'] = (out['psnr_open_loop'] - out['psnr_mean_image']) / max(out['gain'], .1)
     return out
 
 def _broad(dynamics, latent):
@@ -323,7 +323,7 @@ def sample_batch(
     "A batch for `measure`."
     return Sequential(store, n, length, repeat, indices=np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int)))(0)
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #5ef32187
+# %% ../../nbs/24_dreamer.collapse.ipynb #ec6da473
 class Rule(NamedTuple):
     "A cause, and by which figures it is known."
     cause: str         # in two or three words
@@ -355,7 +355,7 @@ RULES = (
          'dynamics.free_nats=1', True),
     Rule('untrained transition', (('length', '>', 1.), ('open_loop', '<', .15), ('used', '>', 1.5)),
          'imagined pictures keep {open_loop:.0%} of what reconstructions have above the mean image', 'see that cell and prior are trained (requires_grad, optimizer) and scales.dyn is not 0; train longer', True),
-    Rule('decoder too small', (('capacity_gap', '>', 3.),), 'learning 8 pictures by heart it reaches {capacity:.1f} dB, {capacity_gap:.1f} dB less than a standard decoder',
+    Rule('decoder too small', (('capacity_gap', '>', 4.), ('gain', '<', 3.)), 'learning 8 pictures by heart it reaches {capacity:.1f} dB, {capacity_gap:.1f} dB less than a standard decoder',
          'a larger decoder.depth, or more entries in decoder.mults', True),
     Rule('collapsed embedding', (('decoder', '<', 1.), ('embed_rank', '<', 3.)), 'the embeddings of different images have effective rank {embed_rank:.1f} and cosine {embed_cosine:.2f}',
          'raise scales.representation or lower the learning rate; check that views differ and negatives or decorrelation are in the loss'),
@@ -462,7 +462,7 @@ def _plot_causes(ax, diagnosis):
     ax.tick_params(labelsize=7)
     ax.set(xlim=(-2, 2), xticks=(-2, 0, 2), xticklabels=('1/100', 'threshold', '100 x'))
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #beab1b44
+# %% ../../nbs/24_dreamer.collapse.ipynb #5f33db3b
 class GreyWarning(UserWarning):
     "A world model that will not learn to reconstruct, and why."
 
@@ -479,7 +479,8 @@ def doctor_callback(
 ):              # fastai callback
     "Looks at a model in the first minute of its training and warns once."
     from fastai.callback.core import Callback
-    batch, times = sample_batch(data, 16) if isinstance(data, EpisodeStore) else data, checks_at(steps)
+    batch = sample_batch(data, 16) if isinstance(data, EpisodeStore) else data
+    times = checks_at(steps) if len(batch['obs']) >= 8 else []
     class Doctor(Callback):
         order, run_valid, main_only = 45, False, True
         def before_fit(self): self.seen = _records(run).get('training', [])
@@ -487,11 +488,12 @@ def doctor_callback(
             if self.train_iter in times: self.seen = _look(getattr(self.model, 'module', self.model), batch, self.train_iter, self.seen, run)
     return Doctor()
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #8dca1faa
+# %% ../../nbs/24_dreamer.collapse.ipynb #795910de
 def _look(world, batch, step, seen, run):
-    "Diagnose, warn if nothing was wrong before, and keep the record."
+    "Diagnose, warn if nothing was wrong before, and keep the record; whatever happens, training goes on."
     import warnings
-    found = diagnose(measure(world, batch, thorough=False), slow=False)
+    try: found = diagnose(measure(world, batch, thorough=False), slow=False)
+    except Exception as e: return warnings.warn(f'step {step}: the doctor could not look ({type(e).__name__}: {e}); doctor=false does without', GreyWarning) or seen
     ill = found.cause not in ('healthy', 'unknown')                                    # early on, nobody is healthy yet
     if ill and not any(past['ill'] for past in seen): warnings.warn(f'step {step}: {found}', GreyWarning, stacklevel=2)
     seen = [*seen, dict(step=step, ill=ill, cause=found.cause if ill else '', text=str(found) if ill else '', measurements=found.measurements)]

@@ -359,12 +359,13 @@ def save_pictures(
     world.train(training)
     with atomic_write(path) as f: Image.fromarray(image_rows(obs, recon)).save(f, 'PNG')
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #14fdb63a
+# %% ../../nbs/23_dreamer.world_model.ipynb #40307dc5
 def train_world_model(
     cfg: TrainConfig, # everything that `dreamer-wb train` reads
 ) -> Run: # the run, finished
     "Train a world model on episodes, or go on with the run of this name; raises `UserError` for what the user can mend."
     from dreamer_wb.core.learner import fit, set_seed
+    from dreamer_wb.dreamer.collapse import doctor_callback, sample_batch
     if cfg.dreamer.use_policy or cfg.dreamer.use_value: raise UserError('dreamer.use_policy, dreamer.use_value: episodes on disk train a world model only; set both to false')
     device, (train, valid) = pick_device(cfg.device), open_stores(cfg)
     run = Run.create(cfg, cfg.experiment, cfg.runs_dir, cfg.name)
@@ -373,7 +374,8 @@ def train_world_model(
         set_seed(cfg.seed)
         world = DreamerWorldModel(cfg).to(device)
         batches, evaluation = batches_for(cfg, train, valid)
-        fit(world, batches, cfg.loop, run, evaluation, cbs=[picture_callback(valid, run.figures)])
+        doctor = [doctor_callback(sample_batch(valid, 16, evaluation.length, evaluation.repeat), run, cfg.loop.steps)] if cfg.doctor else []
+        fit(world, batches, cfg.loop, run, evaluation, cbs=[picture_callback(valid, run.figures), *doctor])
         if not is_main(): return run
         report = image_report(world, valid)
         world.save(run.checkpoints / 'world_model.ckpt', report)
