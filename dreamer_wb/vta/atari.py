@@ -56,13 +56,14 @@ PLAYERS = { # a new player for each episode
     'private_eye': lambda: sticky_player(dict(LEFT=1, RIGHT=3, UPRIGHT=1, FIRE=.3, UP=.3, DOWN=.2), .9),
 }
 
-# %% ../../nbs/45_vta.atari.ipynb #df70938b
+# %% ../../nbs/45_vta.atari.ipynb #b1a5f1cf
 def _emulator(game, seed, sticky):
     "A started emulator; a `UserError` if there is none, or no such game."
     try: import ale_py
     except ImportError: raise UserError("ale-py is not installed; run `pip install 'dreamer_wb[atari]'`") from None
     games = ale_py.roms.get_all_rom_ids()
-    if game not in games: raise UserError(f'game={game}: unknown; choose breakout, frostbite, private_eye or another of {len(games)}, such as {", ".join(sorted(games)[:3])}')
+    if game not in games:
+        raise UserError(f'game={game}: unknown; choose breakout, frostbite, private_eye or another of {len(games)}, such as {", ".join(sorted(games)[:3])}')
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     ale = ale_py.ALEInterface()
     ale.setInt('random_seed', int(seed))

@@ -6,10 +6,9 @@
 __all__ = ['ALIASES', 'READ_COPY', 'BoundarySettings', 'boundary_settings', 'segment_counters', 'at_limit', 'choose_window',
            'boundary_grid', 'boundary_internal', 'boundary_fired', 'limit_verdict', 'save_boundaries']
 
-# %% ../../nbs/44_vta.figures.ipynb #1b686362
+# %% ../../nbs/44_vta.figures.ipynb #2c0bc5a9
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..core.runs import Run, UserError, atomic_write, write_json
 from ..data.episodes import show_images
 from .boundaries import boundary_report, evaluate_boundaries, split_episodes, stack_episodes
 
-# %% ../../nbs/44_vta.figures.ipynb #1d2b73ed
+# %% ../../nbs/44_vta.figures.ipynb #225d237d
 @dataclass
 class BoundarySettings:
     "What decides about boundaries besides the data; None where the config does not say."
@@ -31,7 +30,9 @@ class BoundarySettings:
     boundary_scale: Any = None # weight of the pull towards that rate
     obs_post_lag: Any = None # frames by which the lower level sees less than the current frame
 
-    def __str__(self): return ', '.join(f"{k.replace('_', ' ')} {v:g}" for k, v in asdict(self).items() if v is not None) or 'no settings of boundaries in the config'
+    def __str__(self):
+        known = {k.replace('_', ' '): v for k, v in asdict(self).items() if v is not None}
+        return ', '.join(f'{k} {v:g}' for k, v in known.items()) or 'no settings of boundaries in the config'
 
 ALIASES = dict(seg_len='max_seg_len', seg_num='max_seg_num', mask_beta='boundary_temp', temperature='boundary_temp', force_scale='boundary_force_scale')
 
@@ -77,7 +78,7 @@ def at_limit(
     length, number = segment_counters(read)
     return read & (np.r_[0, length[:-1]] == limit) & (np.r_[0, number[:-1]] > 0)
 
-# %% ../../nbs/44_vta.figures.ipynb #17c3a682
+# %% ../../nbs/44_vta.figures.ipynb #ab3fe4db
 def choose_window(
     episode:dict, # arrays (T,), with `rew` or with `delta` or `obs`
     length:int=30, # frames to show
@@ -91,7 +92,8 @@ def choose_window(
         start = range(T)[int(window)] if -T <= int(window) < T else None
         if start is None: raise UserError(f'window={window}: the episode has {T} frames; give a number below that')
         return slice(min(start, T - length), min(start, T - length) + length)
-    if window not in ('reward', 'delta', 'reward_or_delta'): raise UserError(f"window={window!r}: unknown; choose 'reward', 'delta', 'reward_or_delta' or a number")
+    if window not in ('reward', 'delta', 'reward_or_delta'):
+        raise UserError(f"window={window!r}: unknown; choose 'reward', 'delta', 'reward_or_delta' or a number")
     weight = np.abs(d['rew'][0]) if 'rew' in d and 'reward' in window else np.zeros(T)
     if not weight.any() and 'delta' in window and 'delta' in d: weight = d['delta'][0]
     if not weight.any(): raise UserError(f'window={window!r}: this episode has none; choose another window or a number')
@@ -182,7 +184,7 @@ def _panels(e, settings):
     if e['events']: rows['events'] = [(k, v.astype(float), None) for k, v in e['events'].items()]
     return rows
 
-# %% ../../nbs/44_vta.figures.ipynb #3c6d11ab
+# %% ../../nbs/44_vta.figures.ipynb #46f38026
 def boundary_internal(
     episode:dict, # `read_prob`, `read` and what else is known: `kl_…`, `seg_len`, `seg_num`, `value`, `rew`, `obs`
     settings:BoundarySettings, # from `boundary_settings`
@@ -198,7 +200,8 @@ def boundary_internal(
         _panel(ax, t, [(n, np.asarray(v)[part], limit) for n, v, limit in lines])
         ax.set_ylabel(title, fontsize=8)
         for s in t[e['read'][part]]: ax.axvline(s, color='tab:red', lw=.8, alpha=.6, ls='--' if e['forced'][s] else '-', zorder=0)
-    if 'true' in e: axes[0, 0].plot(t[e['true'][part]], np.full(e['true'][part].sum(), 1.06), 'kv', ms=4, clip_on=False, transform=axes[0, 0].get_xaxis_transform())
+    marks = t[e['true'][part]] if 'true' in e else t[:0]
+    axes[0, 0].plot(marks, np.full(len(marks), 1.06), 'kv', ms=4, clip_on=False, transform=axes[0, 0].get_xaxis_transform())
     axes[-1, 0].set_xlabel('frame', fontsize=8)
     fig.get_layout_engine().set(rect=(0, 0, 1, 1 - .3/fig.get_figheight()))
     return _headed(fig, e, part, settings)
@@ -266,7 +269,7 @@ def _draw(run, f, e, settings, window, length):
     run.save_figure(fig, f.__name__, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/44_vta.figures.ipynb #81e6b1c6
+# %% ../../nbs/44_vta.figures.ipynb #6d78dd8f
 def save_boundaries(
     run, # a Run or the path of its folder
     episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see `stack_episodes`
@@ -281,7 +284,8 @@ def save_boundaries(
     for other in episodes: _checked(other, settings)
     if e.get('obs') is not None:
         for f, n in ((boundary_grid, length), (boundary_internal, 4*length), (boundary_fired, 4*length)): _draw(run, f, e, settings, window, n)
-    out = dict(evaluate_boundaries([{k: v for k, v in x.items() if k != 'settings'} for x in episodes], **kw), model=asdict(settings), limits=limit_verdict(episodes, settings))
+    plain = [{k: v for k, v in x.items() if k != 'settings'} for x in episodes]
+    out = dict(evaluate_boundaries(plain, **kw), model=asdict(settings), limits=limit_verdict(episodes, settings))
     out['verdicts'] = out['limits'] + out['verdicts']
     write_json(run.path/'boundary_eval.json', out)
     with atomic_write(run.path/'boundary_eval.md', 'w') as f: f.write(boundary_report(out, f'Boundaries of {run.experiment}/{run.name}'))
