@@ -132,7 +132,7 @@ class WorldModelConfig:
     representation: RepresentationConfig = field(default_factory=RepresentationConfig) # loss beside or instead of the decoder
     scales: ScalesConfig = field(default_factory=ScalesConfig) # weight of each loss
 
-# %% ../../nbs/00_core.config.ipynb #d8676350
+# %% ../../nbs/00_core.config.ipynb #ea5cd8a9
 @dataclass
 class LoopConfig:
     "How long, how fast and how closely watched a model is trained."
@@ -144,6 +144,7 @@ class LoopConfig:
     opt: str = choice('adamw', 'sgd', 'laprop') # optimizer; sgd has momentum 0.9; laprop is DreamerV3's, with loop.lr=4e-5 loop.warmup=1000
     clip: float = at_least(100.0, 0) # largest norm of the gradient, 0 = no clipping; laprop clips by itself
     amp: str = choice('auto', 'off', 'bf16') # bfloat16 autocast; auto: on a GPU, or a CPU with AMX
+    cuda_graph: str = choice('off', 'auto') # auto: on a GPU, replay forward and backward pass while shapes stay the same
     threads: int = at_least(1, 0) # CPU threads of torch; small models run fastest on 1, 0 = torch decides
     log_every: int = at_least(50, 1) # steps between two rows of metrics.csv
     eval_every: int = at_least(500, 0) # steps between two evaluations, 0 = only at the end
