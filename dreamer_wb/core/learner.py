@@ -6,7 +6,7 @@
 __all__ = ['DictLoss', 'Steps', 'learning_rate', 'param_groups', 'LaProp', 'make_optimizer', 'DictLearner', 'Position', 'Anneal',
            'use_bf16', 'Autocast', 'Record', 'Clip', 'CsvLog', 'TensorBoardLog', 'MlflowLog', 'WandbLog', 'Bar',
            'StopOnNan', 'rng_state', 'set_rng_state', 'set_seed', 'SameNoise', 'callback_state', 'set_callback_state',
-           'Checkpoint', 'stop_signals', 'keep_memory', 'cpu_settings', 'Together', 'average_', 'make_sinks',
+           'Checkpoint', 'stop_signals', 'keep_memory', 'cpu_settings', 'Together', 'average_', 'make_sinks', 'Graph',
            'make_callbacks', 'make_learner', 'fit']
 
 # %% ../../nbs/02_core.learner.ipynb #7e73fcc7
@@ -34,9 +34,10 @@ from torch import nn
 # %% ../../nbs/02_core.learner.ipynb #9039cce8
 warnings.filterwarnings('ignore', message='.*torch.jit.script')      # fastai 2.8 calls it at import, torch 2.15 says so
 
-# %% ../../nbs/02_core.learner.ipynb #999b43f7
+# %% ../../nbs/02_core.learner.ipynb #41978af0
 from fastai.basics import Callback, CancelEpochException, DataLoaders, Learner, OptimWrapper, TrainEvalCallback
 
+from .graph import GraphedForward
 from .runs import (UserError, atomic_write, is_main, load_checkpoint, plain, processes, progress,
                                   same_config, save_checkpoint, several, write_error)
 
@@ -908,7 +909,15 @@ def make_sinks(loop,       # a LoopConfig: `tensorboard`, `mlflow`, `wandb`, `wa
     if loop.wandb: sinks.append(WandbLog(run, loop.wandb_project, title))
     return sinks
 
-# %% ../../nbs/02_core.learner.ipynb #277a17f1
+# %% ../../nbs/02_core.learner.ipynb #8646f6d1
+class Graph(Callback):
+    "Replaces the model's `forward` while it trains."
+    def before_fit(self): vars(self.learn.model)['forward'] = GraphedForward(self.learn.model)
+    def close(self):
+        "Give the model its own `forward` back."
+        vars(self.learn.model).pop('forward', None)
+
+# %% ../../nbs/02_core.learner.ipynb #a427a850
 def make_callbacks(loop,                 # a LoopConfig
                    run,                  # a Run or None
                    device: torch.device, # of the model
@@ -924,6 +933,7 @@ def make_callbacks(loop,                 # a LoopConfig
     if team: out.append(Together(team))
     if loop.clip: out.append(Clip(math.inf if loop.opt == 'laprop' else loop.clip))
     if use_bf16(loop.amp, device, loop.threads or torch.get_num_threads()): out.append(Autocast(device))
+    if loop.cuda_graph == 'auto' and device.type == 'cuda' and not any(isinstance(cb, Anneal) for cb in cbs): out.append(Graph())
     file = 'last.ckpt' if title == 'train' else f'{title}.ckpt'
     if run: out.append(Checkpoint(run.checkpoints/file, run.config, loop, cbs, resume, team))
     return [*out, *(cb for cb in cbs if is_main() or not getattr(cb, 'main_only', False))]
