@@ -323,7 +323,7 @@ def sample_batch(
     "A batch for `measure`."
     return Sequential(store, n, length, repeat, indices=np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int)))(0)
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #ec6da473
+# %% ../../nbs/24_dreamer.collapse.ipynb #05778565
 class Rule(NamedTuple):
     "A cause, and by which figures it is known."
     cause: str         # in two or three words
@@ -340,7 +340,7 @@ RULES = (
          'bring both to one range: targets in [-0.5, 0.5] with decoder.output=sigmoid or tanh, or decoder.output=linear'),
     Rule('range mismatch', (('range_gap', '>', .1),), 'the loss asks for {target_scale:.2f} x image {target_offset:+.2f}, so the pictures come out in other units than the images',
          'compute the loss between decoder output and image_to_float(obs), both in [-0.5, 0.5]'),
-    Rule('dead decoder', (('response', '<', .01),), 'the picture does not change when the latent is replaced by noise ({response:.3f} of the images\' variation)',
+    Rule('dead decoder', (('response', '<', .001),), 'the picture does not change when the latent is replaced by noise ({response:.3f} of the images\' variation)',
          'look at weights and activations of the decoder: start values zero, ReLUs that never open, or a learning rate that killed them'),
     Rule('cut gradient', (('grad_image', '<', 1e-9),), 'no gradient of the reconstruction reaches the latent, although the decoder reads it',
          'remove detach() or no_grad() between latent and image loss'),
