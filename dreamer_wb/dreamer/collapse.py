@@ -294,7 +294,7 @@ def _by_heart(decoder, feat, image, steps):
             opt.zero_grad(); error.sum().backward(); opt.step()
     return best
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #64964ee4
+# %% ../../nbs/24_dreamer.collapse.ipynb #f6a6c10c
 def measure(
     world: nn.Module,       # a world model, also a subclass with losses of its own; it is copied, not changed
     data,                   # EpisodeStore, or a batch: `obs` (B, T, 3, H, W) uint8, `act`, `first`
@@ -309,6 +309,7 @@ def measure(
         out = dict(decoder=draws, length=batch['obs'].shape[1], **loss_probe(twin, batch), **latent_health(twin, batch), batchnorm_share=batchnorm_share(twin, batch))
         if draws: out |= picture_health(twin, batch)
         if draws and thorough: out |= decoder_capacity(twin, batch)
+    if 'capacity' in out: out['drawn_share'] = out['gain'] / max(out['capacity'] + out['capacity_gap'] - out['psnr_mean_image'], .1)
     out['input_max'] = max(-out['input_low'], out['input_high'])
     if out.get('image_weight', 0) > 0: out['kl_per_pixel'] = out['kl_weight'] / out['image_weight']
     if out.get('target_fit', 0) > .9: out['range_gap'] = max(abs(out['target_scale'] - 1), abs(out['target_offset']))
@@ -323,7 +324,7 @@ def sample_batch(
     "A batch for `measure`."
     return Sequential(store, n, length, repeat, indices=np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int)))(0)
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #05778565
+# %% ../../nbs/24_dreamer.collapse.ipynb #c62990fa
 class Rule(NamedTuple):
     "A cause, and by which figures it is known."
     cause: str         # in two or three words
@@ -355,7 +356,7 @@ RULES = (
          'dynamics.free_nats=1', True),
     Rule('untrained transition', (('length', '>', 1.), ('open_loop', '<', .15), ('used', '>', 1.5)),
          'imagined pictures keep {open_loop:.0%} of what reconstructions have above the mean image', 'see that cell and prior are trained (requires_grad, optimizer) and scales.dyn is not 0; train longer', True),
-    Rule('decoder too small', (('capacity_gap', '>', 4.), ('gain', '<', 3.)), 'learning 8 pictures by heart it reaches {capacity:.1f} dB, {capacity_gap:.1f} dB less than a standard decoder',
+    Rule('decoder too small', (('capacity_gap', '>', 4.), ('drawn_share', '<', .35)), 'learning 8 pictures by heart it reaches {capacity:.1f} dB, {capacity_gap:.1f} dB less than a standard decoder',
          'a larger decoder.depth, or more entries in decoder.mults', True),
     Rule('collapsed embedding', (('decoder', '<', 1.), ('embed_rank', '<', 3.)), 'the embeddings of different images have effective rank {embed_rank:.1f} and cosine {embed_cosine:.2f}',
          'raise scales.representation or lower the learning rate; check that views differ and negatives or decorrelation are in the loss'),
