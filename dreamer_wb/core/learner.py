@@ -143,7 +143,7 @@ class LaProp(torch.optim.Optimizer):
                 ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, agc=agc, pmin=pmin, weight_decay=weight_decay))
 
-# %% ../../nbs/02_core.learner.ipynb #ccd8bbb3
+# %% ../../nbs/02_core.learner.ipynb #14f8c77e
 @patch
 def step(self: LaProp,
          closure=None # not supported: gradients are there already
@@ -151,29 +151,33 @@ def step(self: LaProp,
     "Update all parameters that have a gradient."
     with torch.no_grad():
         for group in self.param_groups:
-            params = [p for p in group['params'] if p.grad is not None]
-            for p in params:
-                if not self.state[p]: self.state[p].update(step=torch.zeros(()), square=torch.zeros_like(p), mean=torch.zeros_like(p))
-            if params: _laprop(params, [p.grad for p in params], *([self.state[p][k] for p in params] for k in ('step', 'square', 'mean')), group)
+            ages = {}                                              # a parameter may get its first gradient later than others
+            for p in group['params']:
+                if p.grad is None: continue
+                s = self.state[p]
+                if not s: s.update(step=torch.zeros(()), square=torch.zeros_like(p), mean=torch.zeros_like(p))
+                s['step'] += 1
+                ages.setdefault(s['step'].item(), []).append((p, p.grad, s['square'], s['mean']))
+            for age, tensors in ages.items(): _laprop(*zip(*tensors), age, group)
 
-# %% ../../nbs/02_core.learner.ipynb #7a10956f
+# %% ../../nbs/02_core.learner.ipynb #6092d300
 _unit = 2.**20                          # gradients are counted in units of 2**-20
 
-def _laprop(params, grads, steps, squares, means, group):
-    "One update of `params`, in place."
+def _laprop(params, grads, squares, means, age, group):
+    "Update number `age` of `params`, in place."
     (beta1, beta2), lr = group['betas'], group['lr']
-    torch._foreach_add_(steps, 1)
     limits = torch._foreach_mul(torch._foreach_clamp_min(torch._foreach_norm(params), group['pmin']), group['agc'])
     scales = torch._foreach_div(limits, torch._foreach_maximum(torch._foreach_norm(grads), limits))       # AGC: at most 1
     grads = torch._foreach_mul(grads, torch._foreach_mul(scales, _unit))
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    roots = torch._foreach_sqrt(torch._foreach_div(squares, [1 - beta2**t.item() for t in steps]))
-    torch._foreach_add_(roots, group['eps']*_unit)
+    c = math.sqrt(1 - beta2**age)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, c*group['eps']*_unit)
     torch._foreach_mul_(means, beta1)
-    torch._foreach_addcdiv_(means, grads, roots, 1 - beta1)
+    torch._foreach_addcdiv_(means, grads, roots, c*(1 - beta1))
     if group['weight_decay']: torch._foreach_mul_(params, 1 - lr*group['weight_decay'])
-    torch._foreach_add_(params, torch._foreach_mul(means, [-lr/(1 - beta1**t.item()) for t in steps]))
+    torch._foreach_add_(params, means, alpha=-lr/(1 - beta1**age))
 
 # %% ../../nbs/02_core.learner.ipynb #737cfa94
 def make_optimizer(model: nn.Module,   # what to train
