@@ -33,9 +33,9 @@ def collect(folders):
                          **{k: over_seeds([s[k] for s in same]) for k in ('acc_worst', 'acc_adj', 'cpu_seconds')}))
     probes = [dict(features=p['features'], target=p['target'], acc=over_seeds([r['probes'][i]['acc'] for r in results])) for i, p in enumerate(results[0]['probes'])]
     stages = {k: over_seeds([r.stages()[k]['cpu_seconds'] for r in runs]) for k in runs[0].stages()}
-    wall = [sum(s['seconds'] for s in r.stages().values()) for r in runs]
+    config = {k: v for k, v in runs[0].config.items() if not k.endswith('_dir') and k not in ('name', 'seed')}
     return dict(seeds=[r.config['seed'] for r in runs], world_model={k: over_seeds([w[k] for w in world]) for k in world[0]}, table=rows, probes=probes,
-                stages=stages, wall_seconds=over_seeds(wall), config=runs[0].config, counts=results[0]['counts'])
+                stages=stages, config=config, counts=results[0]['counts'])
 
 
 if __name__ == '__main__':
