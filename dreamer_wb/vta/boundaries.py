@@ -448,10 +448,10 @@ def _quantities(d, test):
     s, all_of_them = d['scored'], {'frame delta': d.get('delta'), 'reward': d.get('rew')} | {k: v for k, v in d['events'].items() if v.dtype.kind == 'f'}
     return [dict(quantity=k, d=cohens_d(v[s], d['read'][s]), p=test(d['read'], v)['p']) for k, v in all_of_them.items() if v is not None]
 
-# %% ../../nbs/43_vta.boundaries.ipynb #8d26eb2e
+# %% ../../nbs/43_vta.boundaries.ipynb #fcc5bd85
 def _shape_words(m):
     "Degenerate boundaries, in words."
-    if not m['boundaries']: return ['All COPY: no boundary outside forced frames. There is nothing to judge.']
+    if not m['boundaries']: return ['All COPY: no boundary outside forced frames. No segmentation to judge.']
     if m['rate'] > .95: return ['All READ: a boundary at nearly every frame is no segmentation.']
     out = []
     if m['boundaries'] > 10 and m['spread'] < .1: out.append(f"A clock: segments are all {m['segment']:.1f} frames long (spread {m['spread']:.2f}).")
@@ -496,13 +496,15 @@ def _event_words(
     if e['event'].startswith('frame delta'): return f'{name}: at {at:.0f} % of the boundaries ({p}). Any change detector finds these; it is no sign of meaning.'
     return f"{name}: at {at:.0f} % of the boundaries, {rate:.0f} % overall ({p}){_shared(e['p_episode'])}{_beats(e.get('gain'))}."
 
-# %% ../../nbs/43_vta.boundaries.ipynb #147cb124
+# %% ../../nbs/43_vta.boundaries.ipynb #b0ea4f18
 def boundary_verdicts(
     result:dict, # from `evaluate_boundaries`
 ) -> list: # of sentences
     "What may be said about these boundaries, and no more."
     out, truth, tol = _shape_words(result['summary']), result.get('truth'), result['settings']['tol'][0]
-    if not result['summary']['boundaries'] or result['summary']['rate'] > .95: return out
+    auc = truth['rows'][0]['auc'] if truth else math.nan
+    if not result['summary']['boundaries'] or result['summary']['rate'] > .95:
+        return out + ([f'P(READ) ranks true boundaries with AUC {auc:.2f} (0.5 is chance).'] if math.isfinite(auc) else [])
     return out + (_truth_words(truth, tol) if truth else []) + [_event_words(e) for e in result['events']]
 
 # %% ../../nbs/43_vta.boundaries.ipynb #8770538d
@@ -559,7 +561,7 @@ def _event_columns(c):
             'at frame difference': 'frame difference', 'at clock': 'clock'}
     return cols | {f"found ± {c['tol'][-1]}": 'found', 'found by frame difference': 'found_frame_difference', 'AUC': 'auc', 'p (AUC)': 'auc_p'}
 
-# %% ../../nbs/43_vta.boundaries.ipynb #3f35f45b
+# %% ../../nbs/43_vta.boundaries.ipynb #9b65c046
 def boundary_report(
     result:dict, # from `evaluate_boundaries`
     title:str='Boundaries', # heading
@@ -572,13 +574,14 @@ def boundary_report(
     if result['events']: parts += ['### Events', _table(result['events'], _event_columns(c))]
     if result['quantities']: parts += ['### Quantities', _table(result['quantities'], {'quantity': 'quantity', "Cohen's d": 'd', 'p': 'p'})]
     parts.append(f"One-to-one matching; {c['n']} permutations ({c['kind']}), one-sided, smallest possible p {1/(1 + c['n']):.2g}; "
-                 f"{100*c['level']:.0f} % intervals: " 'bootstrap over episodes (none below 5). Random and clock are means over draws and phases. Pk and WindowDiff are errors.')
+                 f"{100*c['level']:.0f} % intervals: bootstrap over episodes (none below 5). Random and clock are means over draws and phases. "
+                 'Pk and WindowDiff are errors.')
     return '\n\n'.join(parts) + '\n'
 
 # %% ../../nbs/43_vta.boundaries.ipynb #9fe994bc
 COLOURS = {'model': 'tab:red', 'frame difference': 'C0', 'clock': '.5', 'random': '.7', 'every frame': '.85'}
 
-# %% ../../nbs/43_vta.boundaries.ipynb #16aeb7c7
+# %% ../../nbs/43_vta.boundaries.ipynb #414c6e51
 def plot_evaluation(
     result:dict, # from `evaluate_boundaries`
 ): # matplotlib Figure
@@ -586,7 +589,7 @@ def plot_evaluation(
     import matplotlib.pyplot as plt
     truth, events, tol = result.get('truth'), result['events'], result['settings']['tol'][0]
     known = {r['method'] for r in truth['rows']} if truth else set(events[0] if events else ())
-    bases = [b for b in ('frame difference', 'clock', 'random', 'every frame') if b in known]
+    bases, step = [b for b in COLOURS if b in known and b != 'model'], .8/(1 + len(COLOURS))
     fig, axes = plt.subplots(1, 2 if truth else 1, figsize=(9 if truth else 6, 2.7), dpi=64, squeeze=False, layout='constrained',
                              width_ratios=[1, 1.5] if truth else None)
     def bar(ax, x, value, low, high, name, width, label):
@@ -596,7 +599,6 @@ def plot_evaluation(
         for i, r in enumerate(sorted(truth['rows'], key=lambda r: ['model', *bases].index(r['method']))):
             bar(axes[0, 0], i, r[f'f1_{tol}'], r.get('f1_low', math.nan), r.get('f1_high', math.nan), r['method'], .7, '_')
         axes[0, 0].set(xticks=range(1 + len(bases)), xticklabels=[b.replace(' ', '\n') for b in ('model', *bases)], title=f'F1, true boundaries (± {tol})')
-    step = .8/(1 + len(bases))
     for i, e in enumerate(events):
         bar(axes[0, -1], i - step*len(bases)/2, e['at_boundary'], e['low'], e['high'], 'model', step, '_' if i else 'model')
         for j, b in enumerate(bases): bar(axes[0, -1], i + step*(j + 1 - len(bases)/2), e[b], math.nan, math.nan, b, step, '_' if i else b)
