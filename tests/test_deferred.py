@@ -135,7 +135,7 @@ def test_a_dropped_scan_frees_its_memory(backward):
         def __init__(self, x): self.x = x
     boxes = []
     def pack(x):
-        box = Box(x)
+        box = Box(x.detach())                                                              # x itself would hold the graph that holds the box
         boxes.append(weakref.ref(box))
         return box
     cell, x = Cell(), torch.randn(5, 4, requires_grad=True)
