@@ -32,7 +32,7 @@ class Hold(Function):
         grads = ctx.kind.weight_grads(x, g, len(need))
         return None, None, None, *(grad.to(d) if n else None for grad, d, n in zip(grads, ctx.dtypes, need))
 
-# %% ../../nbs/03_core.deferred.ipynb #440c0807
+# %% ../../nbs/03_core.deferred.ipynb #c51c5f1e
 class Step(Function):
     "One use of held parameters."
     @staticmethod
@@ -46,7 +46,7 @@ class Step(Function):
     @once_differentiable
     def backward(ctx, grad):
         weight, *saved = ctx.saved_tensors
-        if any(ctx.needs_input_grad[4:]): ctx.tape[ctx.number] = saved[0], grad   # by number: going backward twice counts once
+        if any(ctx.needs_input_grad[4:]): ctx.tape[ctx.number] = saved[0].detach(), grad   # by number: twice counts once
         dx = ctx.kind.input_grad(grad, weight, *saved).to(ctx.dtype) if ctx.needs_input_grad[3] else None
         return None, None, None, dx, *[None]*(len(ctx.needs_input_grad) - 4)
 
