@@ -34,10 +34,8 @@ def main():
     parser.add_argument('--steps', type=int, default=5, help='optimizer steps in a round')
     parser.add_argument('--rounds', type=int, default=9, help='rounds of which the median counts')
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     from dreamer_wb.core.config import TrainConfig, compose
-    from dreamer_wb.core.learner import DictLoss
+    from dreamer_wb.core.learner import DictLoss, cpu_settings
     from dreamer_wb.dreamer.world_model import DreamerWorldModel
     cfg, device = compose(TrainConfig, [f'experiment={args.preset}']), torch.device(args.device)
     world = DreamerWorldModel(cfg).to(device)
@@ -55,12 +53,13 @@ def main():
 
     jobs = {name: opt.step for name, opt in optimizers(list(world.parameters())).items()} | {'model': model_step}
     times = {name: [] for name in jobs}
-    for job in jobs.values(): job()
-    for _ in range(args.rounds):
-        for name, job in jobs.items():
-            start = clock()
-            for _ in range(args.steps if name != 'model' else 1): job()
-            times[name].append((clock() - start)/(args.steps if name != 'model' else 1)*1e3)
+    with cpu_settings(1):
+        for job in jobs.values(): job()
+        for _ in range(args.rounds):
+            for name, job in jobs.items():
+                start, steps = clock(), args.steps if name != 'model' else 1
+                for _ in range(steps): job()
+                times[name].append((clock() - start)/steps*1e3)
     ms = {name: statistics.median(t) for name, t in times.items()}
     model, count = ms.pop('model'), sum(p.numel() for p in world.parameters())
     print(f'{args.preset}: {count:,} parameters in {len(list(world.parameters()))} tensors, forward and backward of {n}x{cfg.batch_length} images {model:.1f} ms, {device}')
