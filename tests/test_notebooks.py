@@ -165,7 +165,7 @@ def test_nothing_that_breaks_elsewhere():
     problems = []
     for path in notebooks:
         text = path.read_text('utf-8')
-        if len(text) > 400_000: problems.append(f'{place(path)}: {len(text)//1000} KB, 400 are allowed')
+        if len(text) > 300_000: problems.append(f'{place(path)}: {len(text)//1000} KB, 300 are allowed')
         if 'vnd.jupyter.widget' in text: problems.append(f'{place(path)}: widget state in an output')
         for i, cell in enumerate(read(path)['cells']):
             source, outputs = ''.join(cell['source']), json.dumps([o.get('data', {}).get('text/plain', o.get('text', '')) for o in cell.get('outputs', [])])
