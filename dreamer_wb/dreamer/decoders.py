@@ -250,10 +250,10 @@ def net_out(self: UNetDecoder,
     for stage, skip, merge in zip(self.stages, self.skips, self.merges): x = merge(torch.cat([stage(x), skip(feat)], 1))
     return self.stages[-1](x)
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #2620abd9
+# %% ../../nbs/26_dreamer.decoders.ipynb #a4c5fe04
 def patch_side(
     size: int,       # side of the image in pixels
-    wanted: int = 0, # `decoder.patch`; 0 = the divisor with about 12 patches a side
+    wanted: int = 0, # decoder.patch; 0 = the divisor with about 12 patches a side
 ) -> int: # pixels
     "Side of a patch; raises `UserError` naming the ones that fit."
     fits = [p for p in range(1, size // 2 + 1) if size % p == 0]
@@ -308,14 +308,14 @@ def forward(self: Block,
     x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return x + self.narrow(self.act(self.wide(self.norm2(x))))
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #954eb282
+# %% ../../nbs/26_dreamer.decoders.ipynb #2ebd36fc
 class ViTDecoder(ImageDecoder):
     "Patches that ask the latent."
     def __init__(self,
         size: int,          # side of the image in pixels
         n_in: int,          # size of the feature vector
         cfg: DecoderConfig, # depth, mults, norm, act, patch
-        output = None,      # what the map means; default: the squared error that `cfg.output` names
+        output = None,      # what the map means; default: the squared error named by cfg.output
         tokens: int = 8,    # tokens that hold the latent
     ):
         super().__init__(output or SquaredError(cfg.output))

@@ -279,7 +279,7 @@ def up_stage(
     else: parts = [nn.ConvTranspose2d(n_in, n_out, k, 2, (k - 1) // 2, output_padding=k % 2, bias=bias)]
     return nn.Sequential(*parts) if last else nn.Sequential(*parts, image_norm(cfg.norm, n_out), activation(cfg.act))
 
-# %% ../../nbs/21_dreamer.networks.ipynb #86f6d679
+# %% ../../nbs/21_dreamer.networks.ipynb #a8915903
 class ConvDecoder(ImageDecoder):
     "Vector to image: a linear layer, then `len(mults)` stages, each of which doubles the side."
     stage = staticmethod(up_stage)
@@ -287,7 +287,7 @@ class ConvDecoder(ImageDecoder):
         size: int,          # side of the image in pixels
         n_in: int,          # size of the feature vector
         cfg: DecoderConfig, # depth, mults, kind …
-        output = None,      # what the map means; default: the squared error that `cfg.output` names
+        output = None,      # what the map means; default: the squared error named by cfg.output
     ):
         super().__init__(output or SquaredError(cfg.output))
         self.side, channels = smallest_side(size, len(cfg.mults)), [cfg.depth * m for m in reversed(cfg.mults)]
