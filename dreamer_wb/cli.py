@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VTA', 'COMMANDS', 'Command', 'overview', 'command_help', 'sweep', 'kind_of', 'run_command', 'main']
 
-# %% ../nbs/80_cli.ipynb #bb0a62ba
+# %% ../nbs/80_cli.ipynb #6ca6392e
 import dataclasses
 import difflib
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -140,7 +141,7 @@ def sweep(
     if any(errors): raise UserError(f'{sum(map(bool, errors))} of {len(errors)} runs failed: {"; ".join(filter(None, errors))}')
     return list(results)
 
-# %% ../nbs/80_cli.ipynb #9dfbb7ff
+# %% ../nbs/80_cli.ipynb #a441c1d5
 def _job(
     command:Command, # which command
 ): # function of a composed config that returns (result, error, folder of the sweep)
@@ -164,8 +165,8 @@ def _launch_error(
 ) -> str: # one line
     "What a person can do about it."
     text = ' '.join(str(error).split())
-    if 'hydra/launcher' not in text: return text
-    return f'{text[:120]}: no such launcher; hydra/launcher=slurm needs `pip install "dreamer_wb[slurm]"`'
+    missing = re.search(r"Could not find 'hydra/launcher/(\w+)'", text)
+    return f'hydra/launcher={missing[1]}: no such launcher; the one for SLURM is slurm, after `pip install "dreamer_wb[slurm]"`' if missing else text
 
 # %% ../nbs/80_cli.ipynb #c0af0c39
 def _summarise(

@@ -104,12 +104,26 @@ def test_resume_anywhere(tmp_path_factory, whole, cuts):
     same(whole, train(folder, 'a'))
 
 
-@pytest.mark.parametrize('change', [dict(opt='sgd'), dict(schedule='onecycle', weight_decay=.1), dict(schedule='cosine', clip=0.), dict(amp='bf16'),
+@pytest.mark.parametrize('change', [dict(opt='sgd'), dict(opt='laprop'), dict(schedule='onecycle', weight_decay=.1), dict(schedule='cosine', clip=0.), dict(amp='bf16'),
                                     dict(eval_every=0)], ids=str)
 def test_resume_settings(tmp_path, change):
     loop = replace(LOOP, **change)
     with pytest.raises(ZeroDivisionError): train(tmp_path, 'cut', loop, [At(17, crash)])
     same(train(tmp_path, 'whole', loop), train(tmp_path, 'cut', loop))
+
+
+@pytest.mark.parametrize('every', [0, 9])
+@pytest.mark.parametrize('first', [20, 24])
+def test_more_steps(tmp_path, every, first):
+    "A run that was made longer, after a power cut in its first part as well, has the weights of one that was planned so long."
+    short, long = (replace(LOOP, steps=n, eval_every=every, warmup=5) for n in (first, 40))
+    with pytest.raises(ZeroDivisionError): train(tmp_path, 'grown', short, [At(17, crash)])
+    train(tmp_path, 'grown', short)
+    grown, planned = train(tmp_path, 'grown', long), train(tmp_path, 'planned', long)
+    assert all(torch.equal(x, y) for x, y in zip(grown.model.state_dict().values(), planned.model.state_dict().values()))
+    last = [l.recorder.rows[-1] for l in (grown, planned)]
+    assert last[0]['valid_loss'] == last[1]['valid_loss'] and last[0]['step'] == 40
+    with pytest.raises(UserError, match='loop.steps was 40, now 24'): train(tmp_path, 'grown', replace(LOOP, steps=24, eval_every=every, warmup=5))
 
 
 def test_evaluation_does_not_disturb(tmp_path, whole):

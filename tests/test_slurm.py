@@ -74,4 +74,4 @@ def test_errors_come_back(checkout, tmp_path):
 
 def test_missing_launcher(checkout, tmp_path):
     done = sweep(checkout, tmp_path, 'hydra/launcher=slum')
-    assert done.returncode == 2 and 'hydra/launcher=slurm needs `pip install' in done.stderr and done.stderr.count('\n') == 1
+    assert done.returncode == 2 and 'hydra/launcher=slum: no such launcher; the one for SLURM is slurm, after `pip install' in done.stderr and done.stderr.count('\n') == 1
