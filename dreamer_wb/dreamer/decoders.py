@@ -118,7 +118,7 @@ def plot_mixture(
     axes[0].legend(frameon=False, fontsize=7)
     return fig
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #0fcaecad
+# %% ../../nbs/26_dreamer.decoders.ipynb #079c9fdb
 class MixtureOutput:
     "A map of `10 * mixtures` channels is a LogisticMixture; its image is the mean, its loss the nats of the image."
     def __init__(self,
@@ -126,7 +126,10 @@ class MixtureOutput:
     ):
         self.channels = 10 * mixtures
 
-    def __call__(self, net_out): return LogisticMixture(net_out).mean            # (..., C, H, W) to (..., 3, H, W)
+    def step(self, x): return max(1, (2**22 if x.is_cuda else 2**12) // (x.shape[-1] * x.shape[-2]))      # images at a time
+    def __call__(self, net_out): # (..., C, H, W) to (..., 3, H, W)
+        flat = net_out.flatten(0, -4)
+        return torch.cat([LogisticMixture(x).mean for x in flat.split(self.step(flat))]).unflatten(0, net_out.shape[:-3])
 
 # %% ../../nbs/26_dreamer.decoders.ipynb #5e974831
 class _InPieces(torch.autograd.Function):
@@ -148,7 +151,7 @@ class _InPieces(torch.autograd.Function):
         pieces = zip(ctx.saved_tensors, grad.split(len(ctx.saved_tensors[0])))
         return torch.cat([g * s.view(-1, 1, 1, 1).to(g) for g, s in pieces]), None, None
 
-# %% ../../nbs/26_dreamer.decoders.ipynb #7cc8a6f0
+# %% ../../nbs/26_dreamer.decoders.ipynb #75939da2
 @patch
 def loss(self: MixtureOutput,
     net_out: Tensor, # (..., C, H, W)
@@ -158,8 +161,7 @@ def loss(self: MixtureOutput,
     level = (target.float() + .5) * 255
     whole = level.round().clamp(0, 255)
     wrong = ((level - whole).abs() > .01).flatten(-3).any(-1)
-    step = max(1, (2**22 if net_out.is_cuda else 2**12) // (net_out.shape[-1] * net_out.shape[-2]))
-    nats = _InPieces.apply(net_out.flatten(0, -4), whole.to(torch.uint8).flatten(0, -4), step)
+    nats = _InPieces.apply(net_out.flatten(0, -4), whole.to(torch.uint8).flatten(0, -4), self.step(net_out))
     return nats.view(wrong.shape).masked_fill(wrong, torch.inf)
 
 def image_output(
