@@ -7,9 +7,10 @@ __all__ = ['DYNAMICS', 'Latent', 'LatentEncoder', 'read_images', 'LatentDecoder'
            'image_report', 'image_rows', 'show_picture', 'plot_reconstructions', 'open_stores', 'pick_device',
            'batches_for', 'save_pictures', 'train_world_model', 'picture_callback', 'open_loop', 'plot_open_loop']
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #c47d55cb
+# %% ../../nbs/23_dreamer.world_model.ipynb #e6049211
 import dataclasses
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -106,8 +107,8 @@ def forward(self: LatentDecoder,
     "Draw images."
     return self.image(self.net_out(z))
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #b8e23d90
-DYNAMICS = {'rssm': RSSM} # name in the config -> class
+# %% ../../nbs/23_dreamer.world_model.ipynb #510e5c54
+DYNAMICS = {'rssm': RSSM, 'hierarchy': 'dreamer_wb.vta.dynamics:HierarchicalDynamics'} # name in the config -> class, or where it is
 
 class DreamerWorldModel(nn.Module):
     "Encoder, dynamics, decoder and heads, built from a config."
@@ -118,7 +119,9 @@ class DreamerWorldModel(nn.Module):
         cfg = cfg or WorldModelConfig()
         self.cfg = WorldModelConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(WorldModelConfig)})
         net = ConvEncoder(cfg.size, cfg.encoder)
-        self.dynamics = DYNAMICS[cfg.dynamics.name](net.n_out, cfg.action_dim, cfg.dynamics)
+        dynamics = DYNAMICS[cfg.dynamics.name]
+        dynamics = resolve_name(dynamics) if isinstance(dynamics, str) else dynamics
+        self.dynamics = dynamics(net.n_out, cfg.action_dim, cfg.dynamics)
         self.encoder = LatentEncoder(net, self.dynamics)
         draw = cfg.decoder.kind != 'none'
         self.decoder = LatentDecoder(image_decoder(cfg.size, self.dynamics.n_feat, cfg.decoder) if draw else None, self.dynamics)
@@ -130,10 +133,10 @@ class DreamerWorldModel(nn.Module):
         kind, sizes = cfg.representation.kind, (self.dynamics.n_feat, net.n_out, cfg.action_dim)
         self.representation = REPRESENTATIONS[kind](cfg.representation, *sizes) if kind != 'none' else None
         extra = ['representation'] * (kind != 'none')
-        self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)}
+        self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)} | getattr(self.dynamics, 'scales', {})
         self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #fc71a8e9
+# %% ../../nbs/23_dreamer.world_model.ipynb #a2e5a008
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
@@ -141,7 +144,8 @@ def forward(self: DreamerWorldModel,
     "All losses of a batch of sequences."
     image = read_images(batch['obs'])
     embed = self.encoder.embed(image)
-    trace = self.dynamics.observe(embed, batch['act'], batch['first'])
+    key = getattr(self.dynamics, 'event_key', '')
+    trace = self.dynamics.observe(embed, batch['act'], batch['first'], **{'event': batch[key]} if key else {})
     feat, losses, metrics = self.dynamics.feat(trace.post), self.dynamics.losses(trace), {}
     if 'image' in self.scales:
         net_out = self.decoder.net_out(feat)
@@ -152,6 +156,7 @@ def forward(self: DreamerWorldModel,
         losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
     with torch.no_grad():
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
+        if hasattr(self.dynamics, 'metrics'): metrics |= self.dynamics.metrics(trace)
         if 'image' in losses: metrics['psnr'] = -10 * (sum_mse(self.decoder.image(net_out), image).mean() / image[0, 0].numel()).log10()
     return {k: losses[k] for k in self.scales}, metrics
 
