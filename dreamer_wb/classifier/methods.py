@@ -73,7 +73,7 @@ class GroupDRO(nn.Module):
             self.q.copy_(q/q.sum())
         return loss*(self.q/n.clamp(min=1))[group]*len(loss)
 
-# %% ../../nbs/32_classifier.methods.ipynb #024727dd
+# %% ../../nbs/32_classifier.methods.ipynb #b730ed3f
 class Classifier(nn.Module):
     "A network with the loss of a method."
     scales = {'ce': 1.}
@@ -105,7 +105,7 @@ def _outputs(net, data, batch_size=256, amp='off'):
             return torch.cat([net(batches(i)[key].to(device)).float().cpu() for i in range(len(batches))])
     finally: net.train(training)
 
-# %% ../../nbs/32_classifier.methods.ipynb #a8a396c0
+# %% ../../nbs/32_classifier.methods.ipynb #1fe7aa95
 def predict(
     net:nn.Module, # inputs -> (B, 2) logits
     data, # Features or EpisodeStore
@@ -146,7 +146,7 @@ def val_score(
     acc = group_accuracy(label, prob.argmax(-1), group)
     return [float(np.nanmin(acc)), float(np.nanmean(acc))]
 
-# %% ../../nbs/32_classifier.methods.ipynb #0bff9158
+# %% ../../nbs/32_classifier.methods.ipynb #2ce17b01
 def best_on_val(
     val, # Features or EpisodeStore of the validation set
     rule:str, # a key of `RULES`
@@ -171,7 +171,7 @@ def best_on_val(
         def load_state_dict(self, state): vars(self).update(state)
     return BestOnVal()
 
-# %% ../../nbs/32_classifier.methods.ipynb #abe415f0
+# %% ../../nbs/32_classifier.methods.ipynb #aea0f1a4
 @dataclass
 class Trained:
     "A trained network and how it was chosen."
@@ -194,7 +194,7 @@ def loop_for(
     defaults = dict(lr=2e-3, weight_decay=.01, schedule='onecycle', clip=0., tensorboard=False, progress=False)
     return LoopConfig(steps=steps, eval_every=math.ceil(steps/evals), **{**defaults, **kwargs})
 
-# %% ../../nbs/32_classifier.methods.ipynb #ba9af1d6
+# %% ../../nbs/32_classifier.methods.ipynb #ae7ac3ed
 def train_classifier(
     net:nn.Sequential, # network; trained in place
     train, # Features or EpisodeStore of the training set
@@ -220,8 +220,15 @@ def train_classifier(
     trained = Trained(net.eval(), f'{rule} ({RULES[rule]})' if RULES[rule] else rule, keeper.at, keeper.history)
     return refit_last(trained, train, val, how.refit, seed) if how.refit else trained
 
-# %% ../../nbs/32_classifier.methods.ipynb #f891fbc6
+# %% ../../nbs/32_classifier.methods.ipynb #3257b7e2
 DFR_C = (1., .7, .3, .1, .07, .03, .01)
+
+def _l1() -> dict: # keyword of LogisticRegression
+    "The L1 penalty by its name in this version of scikit-learn, which 1.8 changed."
+    import inspect
+    from sklearn.linear_model import LogisticRegression
+    old = inspect.signature(LogisticRegression).parameters.get('penalty')
+    return dict(penalty='l1') if old is not None and old.default == 'l2' else dict(l1_ratio=1.)
 
 def l1_logistic(
     x:np.ndarray, # (N, F) standardised features
@@ -230,14 +237,11 @@ def l1_logistic(
     seed:int=0, # of liblinear's coordinate order
 ) -> tuple: # (F,) coefficients, intercept
     "Minimise C * sum(log loss) + |w|_1 + |b| (liblinear)."
-    import inspect
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    old = inspect.signature(LogisticRegression).parameters.get('penalty')      # scikit-learn 1.8 renamed penalty='l1'
-    how = dict(penalty='l1') if old is not None and old.default == 'l2' else dict(l1_ratio=1.)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)                    # the coefficients of many refits are averaged anyway
-        model = LogisticRegression(C=C, solver='liblinear', random_state=seed, **how).fit(x, y)
+        model = LogisticRegression(C=C, solver='liblinear', random_state=seed, **_l1()).fit(x, y)
     return model.coef_[0], float(model.intercept_[0])
 
 # %% ../../nbs/32_classifier.methods.ipynb #c382b09d
@@ -280,7 +284,7 @@ def dfr(
     return dict(weight=np.mean([w for w, _ in fits], 0), bias=float(np.mean([b for _, b in fits])),
                 mean=scaler.mean_, std=scaler.scale_, C=C, val_worst=worst)
 
-# %% ../../nbs/32_classifier.methods.ipynb #b56ee4f5
+# %% ../../nbs/32_classifier.methods.ipynb #355c1d54
 def as_linear(
     found:dict, # from dfr
 ) -> nn.Linear: # (N, F) -> (N, 2) logits
@@ -292,7 +296,7 @@ def as_linear(
         layer.bias.copy_(torch.tensor([0., found['bias'] - float(w @ found['mean'])]))
     return layer
 
-# %% ../../nbs/32_classifier.methods.ipynb #367886d3
+# %% ../../nbs/32_classifier.methods.ipynb #cf8bfbe4
 def refit_last(
     trained:Trained, # a network trained by ERM; it is not changed
     train, # Features or EpisodeStore of the training set
