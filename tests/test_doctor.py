@@ -16,7 +16,7 @@ from dreamer_wb.dreamer.world_model import DreamerWorldModel, read_images, train
 
 def config(root, tmp_path, steps=60, **keys):
     loop = LoopConfig(steps=steps, lr=1e-2, log_every=10, eval_every=0, progress=False, tensorboard=False, amp='off')
-    return TrainConfig(**dict(size=24, encoder=EncoderConfig(depth=4, mults=[1, 2, 4]), decoder=DecoderConfig(depth=4, mults=[1, 2, 4]),
+    return TrainConfig(**dict(size=24, encoder=EncoderConfig(depth=4, mults=[1, 2, 4]), decoder=DecoderConfig(depth=16, mults=[1, 2, 4]),
                               dynamics=DynamicsConfig(stoch=8, classes=4, deter=32, hidden=32, blocks=4), experiment='test', name='run',
                               runs_dir=str(tmp_path/'runs'), data_dir=str(root), batch_size=8, loop=loop) | keys)
 
