@@ -102,7 +102,7 @@ def same_picture(
     run = F.pad(moved.cumsum(1), (1, 0)) + T * torch.arange(B, device=obs.device)[:, None]   # (B, T) number of the picture
     return run.view(-1, 1) == run.view(1, -1)
 
-# %% ../../nbs/25_dreamer.representation.ipynb #7680a043
+# %% ../../nbs/25_dreamer.representation.ipynb #3ff62dc9
 def uniform(
     n: int, # how many
     low: float, # smallest
@@ -113,6 +113,7 @@ def uniform(
     "Uniform random numbers."
     return low + (high - low) * torch.rand(n, device=like.device, generator=generator)
 
+# %% ../../nbs/25_dreamer.representation.ipynb #f98a4f94
 def random_crop(
     x: Tensor, # (B, T, C, H, W) float
     smallest: float = .4, # smallest share of the area that is kept, 0..1
@@ -267,5 +268,6 @@ def check(self: MuDreamerLoss,
     if why: raise UserError(f'representation.kind=mudreamer predicts actions and rewards, but {why}: it would learn nothing; use r2, barlow, infonce or simclr')
     self.checked = True
 
-# %% ../../nbs/25_dreamer.representation.ipynb #b7b9338f
-REPRESENTATIONS = {'r2': EmbeddingLoss, 'infonce': EmbeddingLoss, 'barlow': ViewsLoss, 'simclr': ViewsLoss, 'mudreamer': MuDreamerLoss}
+# %% ../../nbs/25_dreamer.representation.ipynb #0f409558
+REPRESENTATIONS = {'r2': EmbeddingLoss, 'infonce': EmbeddingLoss, 'barlow': ViewsLoss, 'simclr': ViewsLoss,
+                   'mudreamer': MuDreamerLoss} # name in the config -> class
