@@ -37,8 +37,8 @@ KINDS = {
 }
 SHARE = {'small vit': .2} # of the strided decoder's parameters; 1 if not named
 SIZES = { # images for training and test, batch size, encoder and decoder
-    64: (2400, 400, 32, dict(depth=24, mults=[1, 2, 4])),
-    224: (1000, 160, 16, dict(depth=16, mults=[1, 2, 4, 8, 8])),
+    64: (2000, 300, 32, dict(depth=16, mults=[1, 2, 4])),
+    224: (600, 96, 8, dict(depth=8, mults=[1, 2, 4, 8, 8])),
 }
 
 
@@ -86,28 +86,43 @@ def config(size, kind, k=128):
 
 
 class Budget(Callback):
-    "Stops after `seconds` of CPU time; anneals the learning rate by its share; calls `look` at `marks`."
+    "Stops after `seconds` of CPU time; anneals the learning rate by its share; calls `look` at `marks`; rests after `piece` seconds, to be gone on with."
     order = 40
-    def __init__(self, seconds, marks, lr, look): self.seconds, self.marks, self.lr, self.look, self.curve = seconds, list(marks), lr, look, []
+    def __init__(self, seconds, marks, lr, look, piece, file):
+        self.seconds, self.marks, self.lr, self.look, self.piece, self.file = seconds, marks, lr, look, piece, file
+        self.before, self.step, self.curve = 0., 0, []                    # of earlier pieces
 
-    def before_fit(self): self.start = time.process_time()
+    def before_fit(self):
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.model.load_state_dict(state['model'])
+            self.opt.opt.load_state_dict(state['opt'])
+            torch.set_rng_state(state['rng'])
+            self.before, self.step, self.curve = state['spent'], state['step'], state['curve']
+        self.start = time.process_time()
+
+    @property
+    def spent(self): return self.before + time.process_time() - self.start
 
     def before_batch(self):
-        share = min(1., (time.process_time() - self.start) / self.seconds)
+        share = min(1., self.spent / self.seconds)
         for group in self.opt.opt.param_groups: group['lr'] = self.lr * min(1., share / .03) * (1 + math.cos(math.pi * share)) / 2
 
     def after_batch(self):
-        spent = time.process_time() - self.start
-        if spent < self.marks[0]: return
-        paused = time.process_time()
-        self.curve.append(dict(cpu_seconds=round(spent, 1), step=self.train_iter, **self.look()))
-        self.marks.pop(0)
-        self.start += time.process_time() - paused
-        if not self.marks: raise CancelFitException
+        self.step += 1
+        if self.spent >= self.marks[len(self.curve)]:
+            paused = time.process_time()
+            self.curve.append(dict(cpu_seconds=round(self.spent, 1), step=self.step, **self.look()))
+            self.start += time.process_time() - paused
+        if len(self.curve) == len(self.marks): raise CancelFitException
+        if self.spent - self.before > self.piece:
+            torch.save(dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=torch.get_rng_state(),
+                            spent=self.spent, step=self.step, curve=self.curve), self.file)
+            raise CancelFitException
 
 
-def run(size, kind, seed, train, test, seconds):
-    "Train one variant and measure it; returns the record and the reconstructions."
+def run(size, kind, seed, train, test, seconds, piece):
+    "Train one variant and measure it; returns the record and the reconstructions, or None if a piece is done and others are to follow."
     cfg, image = config(size, kind), image_to_float(test)
     set_seed(seed)
     world, amp = DreamerWorldModel(cfg), use_bf16(cfg.loop.amp, torch.device('cpu'))
@@ -119,11 +134,15 @@ def run(size, kind, seed, train, test, seconds):
         world.train()
         return found
     n, first = cfg.batch_size, torch.ones(cfg.batch_size, 1, dtype=torch.bool)
+    file = Path(tempfile.gettempdir())/f'dreamer_wb_decoders_{size}_{kind.replace(" ", "_")}_{seed}_{seconds:g}.pt'
     def batch(step):
+        step = budget.step
         order = np.random.default_rng([seed, step * n // len(train)]).permutation(len(train))
         return dict(obs=train[order[step * n % (len(train) - n):][:n]].unsqueeze(1), act=torch.zeros(n, 1, 1), first=first)
-    budget = Budget(seconds, [seconds / 4, seconds / 2, seconds], cfg.loop.lr, look)
+    budget = Budget(seconds, [seconds / 2, seconds], cfg.loop.lr, look, piece, file)
     fit(world, batch, cfg.loop, cbs=[budget])
+    if len(budget.curve) < 2: return None, None
+    file.unlink(missing_ok=True)
     world.eval()
     last = budget.curve[-1]
     return dict(seed=seed, depth=cfg.decoder.depth, parameters=sum(p.numel() for p in world.decoder.parameters()), bf16=amp,
@@ -136,6 +155,7 @@ def main():
     parser.add_argument('--only', nargs='+', default=list(KINDS), help='names of variants')
     parser.add_argument('--seconds', type=float, default=20, help='CPU seconds of training for each (%(default)g)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='seeds of weights, noise and data order; the pictures stay')
+    parser.add_argument('--piece', type=float, default=math.inf, help='stop after so many CPU seconds; the same command goes on (%(default)g)')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder of decoders_SIZE.json; seed 0 also leaves pictures there (%(default)s)')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,7 +170,8 @@ def main():
         write_json(file, load() | dict(baselines=found))
     for seed, kind in ((s, k) for s in args.seeds for k in args.only):
         if any(r['seed'] == seed for r in load()['results'].get(kind, [])): continue
-        found, recon = run(args.size, kind, seed, train, test, load()['seconds'])
+        found, recon = run(args.size, kind, seed, train, test, load()['seconds'], args.piece)
+        if found is None: return print(f'{args.size} {kind} seed {seed}: a piece is done, go on with the same command')
         record = load()                                                          # another process may have added to it
         record['results'].setdefault(kind, []).append(found)
         if seed == 0: strip(recon, kind)
