@@ -335,7 +335,7 @@ class Rule(NamedTuple):
     mend: str          # what to do
     slow: bool = False # cannot be known in the first minute
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #dab51cbd
+# %% ../../nbs/24_dreamer.collapse.ipynb #2975ebfd
 RULES = (
     Rule('0..255 input', (('input_max', '>', 5.),), 'numbers up to {input_max:.0f} reach the first layer of the encoder, which is made for [-0.5, 0.5]',
          'convert images once, with image_to_float (obs / 255 - 0.5)'),
@@ -349,7 +349,7 @@ RULES = (
          'remove detach() or no_grad() between latent and image loss'),
     Rule('BatchNorm at batch 1', (('batchnorm_share', '<', .5),), 'the running variances of BatchNorm hold {batchnorm_share:.0%} of the variance between images (batches of 32 give 97%)',
          'encoder.norm=none decoder.norm=none (or group), or a batch_size of 8 and more'),
-    Rule('averaged pixel loss', (('image_weight', '<', .3), ('kl_per_pixel', '>', 1.1), ('kl', '<', 20.)), 'a pixel counts {image_weight:.2g} instead of 1 and loses against the KL ({kl_per_pixel:.3g} of it)',
+    Rule('averaged pixel loss', (('image_weight', '<', .3), ('kl_per_pixel', '>', 1.1), ('kl', '<', 20.)), 'a pixel counts {image_weight:.2g} instead of 1, so the KL outweighs it {kl_per_pixel:.3g} to 1',
          'sum the squared error over pixels and channels (sum_mse); reduction="mean", also times 255, is too little'),
     Rule('KL scale too high', (('kl_weight', '>', 2.), ('kl_per_pixel', '>', 2.), ('kl', '<', 20.)), 'the KL has weight {kl_weight:.3g} at the posterior and leaves the latent {kl:.1f} nats',
          'scales.rep=0.1 scales.dyn=0.5'),
