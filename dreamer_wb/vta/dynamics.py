@@ -15,7 +15,7 @@ from ..dreamer.distributions import Categorical, balanced_kl
 from ..dreamer.rssm import RSSM, Trace, stack
 from .clocks import CLOCKS, Beat, code_length, event_signal, is_open
 
-# %% ../../nbs/47_vta.dynamics.ipynb #fce53b70
+# %% ../../nbs/47_vta.dynamics.ipynb #a26a31cd
 def key(
     level: int, # 0 is the lowest
     name: str,  # 'deter', 'stoch', 'mean', 'std', 'logit', or of its clock 'boundary', 'boundary_logit', 'seg_len', 'seg_num'
@@ -26,6 +26,7 @@ def key(
     if name.startswith(('boundary', 'seg_')): return name.replace('boundary', f'boundary{number}') if 'boundary' in name else name + number
     return f"abs{number}_{'belief' if name == 'deter' else name}"
 
+# %% ../../nbs/47_vta.dynamics.ipynb #148b96a2
 def part(
     state: dict, # flat state
     level: int,  # 0 is the lowest
@@ -63,7 +64,7 @@ class HierarchicalDynamics(RSSM):
 
     def extra_repr(self): return f'{super().extra_repr()}, levels={self.n_levels}, clock={self.cfg.hierarchy.clock}'
 
-# %% ../../nbs/47_vta.dynamics.ipynb #20901d53
+# %% ../../nbs/47_vta.dynamics.ipynb #69bdb8cd
 @patch
 def schedule(self: HierarchicalDynamics) -> tuple: # scale of the push (nats), temperature; tensors or floats
     "Where the schedules stand."
@@ -72,6 +73,7 @@ def schedule(self: HierarchicalDynamics) -> tuple: # scale of the push (nats), t
     warm = progress(h.boundary_temp_steps)
     return h.boundary_force_scale * (1 - progress(h.boundary_force_steps)), h.boundary_temp + warm * (h.boundary_temp_end - h.boundary_temp)
 
+# %% ../../nbs/47_vta.dynamics.ipynb #040625e2
 @patch
 def initial(self: HierarchicalDynamics,
     B: int, # batch size
@@ -141,7 +143,7 @@ def move(self: HierarchicalDynamics,
         above = self.feat(new, l)
     return new
 
-# %% ../../nbs/47_vta.dynamics.ipynb #995b239b
+# %% ../../nbs/47_vta.dynamics.ipynb #c017dd43
 @patch
 def look(self: HierarchicalDynamics,
     level: int,       # whose posterior
@@ -153,6 +155,7 @@ def look(self: HierarchicalDynamics,
     if level: embedded = embedded + self.summary[level - 1](self.feat(state, level - 1))
     return self.levels[level].posterior(deter, embedded)
 
+# %% ../../nbs/47_vta.dynamics.ipynb #f79c2c12
 @patch
 def hold(self: HierarchicalDynamics,
     tick: Tensor, # (B, 1)
@@ -164,6 +167,7 @@ def hold(self: HierarchicalDynamics,
     where = lambda k, v: torch.where((tick > .5).view(-1, *[1] * (v.ndim - 1)), v, old[k])
     return torch.lerp(old['stoch'], stoch, tick.expand_as(stoch)), {k: where(k, v) for k, v in stats.items()}
 
+# %% ../../nbs/47_vta.dynamics.ipynb #e2d802cf
 @patch
 def count(self: HierarchicalDynamics,
     state: dict, # before the step
@@ -201,7 +205,7 @@ def observe(self: HierarchicalDynamics,
     post, beats = self.run(state or self.initial(B), [dict(zip(steps, s)) for s in zip(*steps.values())])
     return self.trace(obs_names(post), beats, first)
 
-# %% ../../nbs/47_vta.dynamics.ipynb #8c81161e
+# %% ../../nbs/47_vta.dynamics.ipynb #731470c2
 def by_step(
     xs: list, # of (B, T, n) or None, one for each level
     T: int,   # steps
@@ -209,6 +213,7 @@ def by_step(
     "Levels inside steps instead of steps inside levels."
     return [[None if x is None else x[:, t] for x in xs] for t in range(T)]
 
+# %% ../../nbs/47_vta.dynamics.ipynb #4338dd37
 @patch
 def tick_noise(self: HierarchicalDynamics,
     T: int,              # steps
@@ -219,6 +224,7 @@ def tick_noise(self: HierarchicalDynamics,
     draws = [c.noise(T, B, sample, self.prior[-1].weight) for c in self.clocks]
     return [[d[t] for d in draws] for t in range(T)]
 
+# %% ../../nbs/47_vta.dynamics.ipynb #716b7212
 @patch
 def run(self: HierarchicalDynamics,
     state: dict, # before the first step
@@ -253,7 +259,7 @@ def trace(self: HierarchicalDynamics,
     forced = [first, *(torch.stack([b.forced[:, 0] for b in column], 1) for column in zip(*beats))]
     return Trace(post, prior, torch.stack(ticks, -1), torch.stack(forced, -1))
 
-# %% ../../nbs/47_vta.dynamics.ipynb #a9c6dfae
+# %% ../../nbs/47_vta.dynamics.ipynb #f086fad1
 @patch
 def obs_step(self: HierarchicalDynamics,
     state: dict,               # leading (B,)
@@ -261,10 +267,10 @@ def obs_step(self: HierarchicalDynamics,
     embed: Tensor,             # (B, E) embedded image
     first: Tensor,             # (B,) bool
     sample: bool|None = None,  # None = as in `self.training`
-    event: Tensor|None = None, # (B,) signal for the clocks; a change must be given as such
+    event: Tensor|None = None, # (B,) signal for the clocks; not with event_change, which needs two steps
 ) -> dict: # posterior state, leading (B,)
     "Take in one image."
-    if event is not None and self.cfg.hierarchy.event_change: raise ValueError('one step has no change: call observe with the sequence')
+    if event is not None and self.cfg.hierarchy.event_change: raise ValueError('one step has no change (hierarchy.event_change): call observe with a sequence')
     event = None if event is None else event.unsqueeze(1)
     post = self.observe(embed.unsqueeze(1), act.unsqueeze(1), first.unsqueeze(1), state, sample, event).post
     return {k: v[:, 0] for k, v in post.items()}
@@ -295,7 +301,7 @@ def jump_step(self: HierarchicalDynamics,
     new = self.move(state, beats, [RSSM.project_action(l, act) for l in self.levels], None, noise)
     return obs_names(new | self.count(state, beats, dt)), dt
 
-# %% ../../nbs/47_vta.dynamics.ipynb #5ab03d88
+# %% ../../nbs/47_vta.dynamics.ipynb #82f073ea
 @patch
 def imagine(self: HierarchicalDynamics,
     policy,                   # actions (B, T, A), or a function from feat (B, F) to an action (B, A)
@@ -314,6 +320,7 @@ def imagine(self: HierarchicalDynamics,
             states.append({**state, 'act': act, 'dt': dt})
     return stack(states)
 
+# %% ../../nbs/47_vta.dynamics.ipynb #69d48555
 @patch
 def complete(self: HierarchicalDynamics,
     stoch: Tensor, # (..., S)
@@ -350,7 +357,7 @@ def tick_kl(self: HierarchicalDynamics,
     dist = lambda side: Categorical(side[key(level, 'boundary_logit')].unsqueeze(-2))     # (B, T, 1, 2)
     return {k: v * self.choices(trace, level) for k, v in balanced_kl(dist(trace.post), dist(trace.prior), 0.).items()}
 
-# %% ../../nbs/47_vta.dynamics.ipynb #1434dd56
+# %% ../../nbs/47_vta.dynamics.ipynb #63e74cea
 @patch
 def clock_loss(self: HierarchicalDynamics,
     name: str,    # key of `scales`
@@ -369,6 +376,7 @@ def clock_loss(self: HierarchicalDynamics,
     share, wanted = (torch.stack([x, 1 - x]).clamp(1e-6, 1) for x in (p, rate))
     return free * (share * (share / wanted).log()).sum()
 
+# %% ../../nbs/47_vta.dynamics.ipynb #899ac0c4
 @patch
 def losses(self: HierarchicalDynamics,
     trace: Trace, # from `observe`
@@ -379,6 +387,7 @@ def losses(self: HierarchicalDynamics,
     kls = [self.level_kl(trace, l) for l in range(self.n_levels)] + [self.tick_kl(trace, l) for l in upper]
     return {k: sum(kl[k] for kl in kls) for k in ('dyn', 'rep')} | {k: sum(self.clock_loss(k, trace, l) for l in upper) for k in self.scales}
 
+# %% ../../nbs/47_vta.dynamics.ipynb #17f58dbb
 @patch
 def metrics(self: HierarchicalDynamics,
     trace: Trace, # from `observe`
