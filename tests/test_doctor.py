@@ -70,7 +70,7 @@ def test_the_switch_and_the_look_change_no_weight(episodes, tmp_path):
 
 
 def test_a_config_that_collapses_is_named_in_training_and_after(episodes, tmp_path, capsys):
-    run, said = warned(lambda: train_world_model(config(episodes, tmp_path, 320, scales=ScalesConfig(dyn=100., rep=100.))))
+    run, said = warned(lambda: train_world_model(config(episodes, tmp_path, 400, scales=ScalesConfig(dyn=100., rep=100.))))
     assert len(said) == 1 and 'KL scale too high' in said[0] and 'mend: scales.rep=0.1' in said[0] and '(> 2)' in said[0]
     assert len(read_json(run.path/'doctor.json')['training']) == 2                    # it looked twice and warned once
     assert main(['doctor', f'run={run.path}']) == 0

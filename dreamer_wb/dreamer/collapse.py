@@ -462,15 +462,15 @@ def _plot_causes(ax, diagnosis):
     ax.tick_params(labelsize=7)
     ax.set(xlim=(-2, 2), xticks=(-2, 0, 2), xticklabels=('1/100', 'threshold', '100 x'))
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #5f33db3b
+# %% ../../nbs/24_dreamer.collapse.ipynb #1ad66c86
 class GreyWarning(UserWarning):
     "A world model that will not learn to reconstruct, and why."
 
 def checks_at(
     steps: int, # length of the training
 ) -> list: # of steps
-    "When to look: at most once in 150 updates, but at least once."
-    return [min(s, max(1, steps // 2)) for s in (16, 100, 400)[:max(1, min(3, steps // 150))]]
+    "When to look: at most once in 200 updates, but at least once."
+    return [min(s, max(1, steps // 2)) for s in (16, 100, 400)[:max(1, min(3, steps // 200))]]
 
 def doctor_callback(
     data,       # EpisodeStore or batch of held-out images, as for measure
