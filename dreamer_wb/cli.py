@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['VTA', 'COMMANDS', 'Command', 'overview', 'command_help', 'sweep', 'kind_of', 'run_command', 'main']
 
-# %% ../nbs/80_cli.ipynb #6ca6392e
+# %% ../nbs/80_cli.ipynb #6697a0c6
 import dataclasses
 import difflib
 import re
+from hashlib import sha1
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -117,7 +118,7 @@ def _field_default(
     "Default of a field."
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
-# %% ../nbs/80_cli.ipynb #2efbea3b
+# %% ../nbs/80_cli.ipynb #69364357
 def sweep(
     command:Command, # which command
     overrides:list, # `key=value` strings, some with several values
@@ -128,12 +129,13 @@ def sweep(
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     schema, outer = command.load('schema'), GlobalHydra.instance().hydra
-    task = [*expand(schema, overrides, command.group, sweep=True), 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
+    chosen = expand(schema, overrides, command.group, sweep=True)
+    task = [*chosen, 'hydra.output_subdir=null', 'hydra/job_logging=disabled', 'hydra/hydra_logging=disabled',
             'hydra.sweep.dir=runs/multirun/${now:%Y-%m-%d_%H-%M-%S}', 'hydra.sweep.subdir=.']
     name, GlobalHydra.instance().hydra = register(schema, command.group), None
     try:
         with hydra.initialize_config_dir(str(CONFIGS), job_name='dreamer-wb', version_base='1.3'):
-            batches = GlobalHydra.instance().hydra.multirun(name, _job(command), task, with_log_configuration=False)
+            batches = GlobalHydra.instance().hydra.multirun(name, _job(command, _fixed(chosen)), task, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as e: raise UserError(_launch_error(e)) from None
     finally: GlobalHydra.instance().hydra = outer
     results, errors, folders = zip(*(job.return_value for batch in batches for job in batch))
@@ -141,16 +143,17 @@ def sweep(
     if any(errors): raise UserError(f'{sum(map(bool, errors))} of {len(errors)} runs failed: {"; ".join(filter(None, errors))}')
     return list(results)
 
-# %% ../nbs/80_cli.ipynb #a441c1d5
+# %% ../nbs/80_cli.ipynb #b7eae05c
 def _job(
     command:Command, # which command
+    fixed:list=(), # keys with one value in the whole sweep
 ): # function of a composed config that returns (result, error, folder of the sweep)
     "What one combination does, here or on a node of a cluster."
     function, title = command.load('function'), command.name
     def job(cfg):
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf
-        which, folder = HydraConfig.get().job.override_dirname.replace('/', '_'), HydraConfig.get().sweep.dir
+        which, folder = _run_name(HydraConfig.get(), fixed), HydraConfig.get().sweep.dir
         try:
             cfg = check_values(OmegaConf.to_object(cfg))
             if getattr(cfg, 'name', '') is None: cfg.name = which
@@ -159,6 +162,23 @@ def _job(
             print(f'dreamer-wb {title}: {which}: {e}', file=sys.stderr)
             return None, f'{which}: {e}', folder
     return job
+
+def _fixed(
+    overrides:list, # expanded `key=value` strings
+) -> list: # keys
+    "Keys that have one value in the whole sweep."
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    return [o.partition('=')[0] for o in overrides if not OverridesParser.create().parse_override(o).is_sweep_override()]
+
+def _run_name(
+    hydra, # HydraConfig of one combination
+    fixed:list, # keys with one value in the whole sweep
+) -> str: # name of its folder
+    "All that was chosen, or, where no file system would take so long a name, what varies and a hash of the rest."
+    full = hydra.job.override_dirname.replace('/', '_')
+    if len(full) <= 180: return full
+    varying = [o.replace('/', '_') for o in hydra.overrides.task if o.partition('=')[0] not in fixed]
+    return ','.join([*varying, sha1(full.encode()).hexdigest()[:8]])
 
 def _launch_error(
     error:Exception, # from Hydra
