@@ -316,15 +316,16 @@ def _derived(m):
     if 'capacity' in m: out['drawn_share'] = m['gain'] / max(m['capacity'] + m['capacity_gap'] - m['psnr_mean_image'], .1)
     return out
 
-# %% ../../nbs/24_dreamer.collapse.ipynb #fcf33798
+# %% ../../nbs/24_dreamer.collapse.ipynb #63205808
 def sample_batch(
     store,            # EpisodeStore
     n: int = 64,      # episodes, spread evenly over the store
     length: int = 1,  # steps of each
     repeat: int = 1,  # show a still image this often
+    keys: tuple = (), # further keys that the model reads
 ) -> dict: # `obs`, `act`, `first`, …
     "A batch for `measure`."
-    return Sequential(store, n, length, repeat, indices=np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int)))(0)
+    return Sequential(store, n, length, repeat, np.unique(np.linspace(0, len(store) - 1, min(n, len(store))).astype(int)), keys)(0)
 
 # %% ../../nbs/24_dreamer.collapse.ipynb #7b9095b2
 class Rule(NamedTuple):

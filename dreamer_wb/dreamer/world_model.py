@@ -136,7 +136,7 @@ class DreamerWorldModel(nn.Module):
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)} | getattr(self.dynamics, 'scales', {})
         self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #a2e5a008
+# %% ../../nbs/23_dreamer.world_model.ipynb #5dd408ec
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
@@ -145,6 +145,7 @@ def forward(self: DreamerWorldModel,
     image = read_images(batch['obs'])
     embed = self.encoder.embed(image)
     key = getattr(self.dynamics, 'event_key', '')
+    if key and key not in batch: raise UserError(f'dynamics.hierarchy.event_key={key}: the episodes have no such key (they have {", ".join(sorted(batch))}); give one of these')
     trace = self.dynamics.observe(embed, batch['act'], batch['first'], **{'event': batch[key]} if key else {})
     feat, losses, metrics = self.dynamics.feat(trace.post), self.dynamics.losses(trace), {}
     if 'image' in self.scales:
@@ -336,7 +337,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #f05a867a
+# %% ../../nbs/23_dreamer.world_model.ipynb #45417b37
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -346,7 +347,11 @@ def batches_for(
     if cfg.repeat > 1 and cfg.batch_length not in (1, cfg.repeat):
         raise UserError(f'batch_length={cfg.batch_length} with repeat={cfg.repeat}: a repeated image is an episode of {cfg.repeat} steps; leave batch_length at 1')
     length = 1 if cfg.repeat > 1 else cfg.batch_length
-    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, flip=cfg.flip), Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat))
+    event, levels = cfg.dynamics.hierarchy.event_key, cfg.dynamics.hierarchy.levels
+    keys = (event,) if event and cfg.dynamics.name == 'hierarchy' and levels > 1 else ()
+    if keys and event not in train.keys: raise UserError(f'dynamics.hierarchy.event_key={event}: the episodes have no such key; they have {", ".join(train.keys)}')
+    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, keys=keys, flip=cfg.flip),
+            Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat, keys=keys))
 
 @torch.no_grad()
 def save_pictures(
@@ -364,7 +369,7 @@ def save_pictures(
     world.train(training)
     with atomic_write(path) as f: Image.fromarray(image_rows(obs, recon)).save(f, 'PNG')
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #40307dc5
+# %% ../../nbs/23_dreamer.world_model.ipynb #4b77e057
 def train_world_model(
     cfg: TrainConfig, # everything that `dreamer-wb train` reads
 ) -> Run: # the run, finished
@@ -379,7 +384,7 @@ def train_world_model(
         set_seed(cfg.seed)
         world = DreamerWorldModel(cfg).to(device)
         batches, evaluation = batches_for(cfg, train, valid)
-        doctor = [doctor_callback(sample_batch(valid, 16, evaluation.length, evaluation.repeat), run, cfg.loop.steps)] if cfg.doctor else []
+        doctor = [doctor_callback(sample_batch(valid, 16, evaluation.length, evaluation.repeat, evaluation.keys), run, cfg.loop.steps)] if cfg.doctor else []
         fit(world, batches, cfg.loop, run, evaluation, cbs=[picture_callback(valid, run.figures), *doctor])
         if not is_main(): return run
         report = image_report(world, valid)
