@@ -107,9 +107,10 @@ def forward(self: LatentDecoder,
     "Draw images."
     return self.image(self.net_out(z))
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #510e5c54
+# %% ../../nbs/23_dreamer.world_model.ipynb #eaaf68ab
 DYNAMICS = {'rssm': RSSM, 'hierarchy': 'dreamer_wb.vta.dynamics:HierarchicalDynamics'} # name in the config -> class, or where it is
 
+# %% ../../nbs/23_dreamer.world_model.ipynb #eb22cc3b
 class DreamerWorldModel(nn.Module):
     "Encoder, dynamics, decoder and heads, built from a config."
     def __init__(self,
@@ -337,7 +338,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/23_dreamer.world_model.ipynb #45417b37
+# %% ../../nbs/23_dreamer.world_model.ipynb #6ebd46aa
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -353,6 +354,7 @@ def batches_for(
     return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, keys=keys, flip=cfg.flip),
             Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat, keys=keys))
 
+# %% ../../nbs/23_dreamer.world_model.ipynb #c7af38c5
 @torch.no_grad()
 def save_pictures(
     world: DreamerWorldModel, # the model as it is now

@@ -196,11 +196,11 @@ def is_open(
     "The step function, straight through."
     return (gate > 0).float() + (gate - gate.detach())
 
-# %% ../../nbs/46_vta.clocks.ipynb #6f2ad926
+# %% ../../nbs/46_vta.clocks.ipynb #c36e852d
 class EventClock(Clock):
     "Ticks where a signal says so."
     def build(self, n_below, n_embed, n_action, n_feat):
-        if not self.cfg.hierarchy.event_key: raise UserError('dynamics.hierarchy.clock=event needs dynamics.hierarchy.event_key: the key of the batch that says when, e.g. read or rew')
+        if not self.cfg.hierarchy.event_key: raise UserError('dynamics.hierarchy.clock=event needs dynamics.hierarchy.event_key: a key of the episodes, e.g. read or rew')
         self.prior = mlp(n_below + n_action, 1, self.cfg.hidden, 2, self.cfg.norm, self.cfg.act)
 
     noise = LearnedClock.noise
