@@ -534,7 +534,7 @@ def show_batch(
 
 # %% ../../nbs/12_data.episodes.ipynb #8bba4629
 def mirror(
-    batch: dict, # from `Batches` or `Sequential`
+    batch: dict, # from Batches or Sequential
     which: np.ndarray, # (B,) bool, windows to mirror
 ) -> dict: # the same dict
     "Mirror pictures and masks left to right."

@@ -59,7 +59,7 @@ def sweep_rows(
 
 # %% ../../nbs/72_evaluation.sweep.ipynb #0640fc13
 def sweep_table(
-    rows, # DataFrame from `sweep_rows`
+    rows, # DataFrame from sweep_rows
 ): # DataFrame, one row per setting: keys, seeds, and for each figure its mean, `_low` and `_high`
     "Means over seeds with 95 % intervals (nan below three seeds)."
     import pandas as pd
@@ -76,7 +76,7 @@ def sweep_table(
 
 # %% ../../nbs/72_evaluation.sweep.ipynb #34a874fa
 def sweep_words(
-    table, # DataFrame from `sweep_table`
+    table, # DataFrame from sweep_table
 ) -> str: # a Markdown table
     "The table for people: mean and half of the interval."
     figures = [k for k in (*FIGURES, 'cpu_seconds') if k in table and not table[k].isna().all()]
@@ -94,7 +94,7 @@ PANELS = ('psnr', 'std_ratio', 'chroma_ratio', 'kl', 'active_units', 'probe_labe
 TRIVIAL = {'psnr': 'psnr_mean_image'} # where the trivial answer's figure stands
 
 def setting_names(
-    rows, # DataFrame from `sweep_rows` or `sweep_table`
+    rows, # DataFrame from sweep_rows or sweep_table
 ) -> list: # one string for each row
     "Settings in words: the last part of each key and its value."
     figures = (*FIGURES, *(f'{f}_{e}' for f in (*FIGURES, 'cpu_seconds') for e in ('low', 'high')), 'cpu_seconds', 'seed', 'seeds', 'run')
@@ -104,7 +104,7 @@ def setting_names(
 
 # %% ../../nbs/72_evaluation.sweep.ipynb #f6977b97
 def plot_sweep(
-    rows, # DataFrame from `sweep_rows`
+    rows, # DataFrame from sweep_rows
 ): # matplotlib Figure
     "Every figure by setting: dots are runs, bars 95 % intervals of their means, dashed the mean image."
     import matplotlib.pyplot as plt

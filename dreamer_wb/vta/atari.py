@@ -122,7 +122,7 @@ def _grown(blocks):
     return np.diff(n, prepend=n[0]) > 0
 
 def game_events(
-    episode:dict, # from `play`, or `read_episode` of a file
+    episode:dict, # from play, or read_episode of a file
 ) -> dict: # obs, rew, lives, room (if there are any), events; add `read`, `read_prob`, `forced` of a model
     "An episode with its events, ready for the evaluation of boundaries."
     info = json.loads(str(episode['info']))
@@ -134,8 +134,8 @@ def game_events(
 
 # %% ../../nbs/45_vta.atari.ipynb #abfae211
 def show_events(
-    episodes:list, # from `game_events`
-    event:str, # a name that `find_events` gives, such as 'life loss', 'room change', 'reward'
+    episodes:list, # from game_events
+    event:str, # a name that find_events gives, such as 'life loss', 'room change', 'reward'
     n:int=4, # events, spread over all that there are
     around:int=2, # frames before and after
 ): # matplotlib Figure
@@ -154,11 +154,11 @@ def show_events(
 # %% ../../nbs/45_vta.atari.ipynb #ffb36f57
 def write_games(
     folder, # where to; made if it is not there
-    game:str, # see `play`
+    game:str, # see play
     episodes:int=20, # how many
     steps:int=1000, # of each, at most
     seed:int=0, # of the first; the others count on
-    **kw # for `play`
+    **kw # for play
 ) -> list: # paths, one for each episode
     "Play episodes and write them; those that are there already are kept."
     out = []

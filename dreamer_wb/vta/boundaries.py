@@ -274,7 +274,7 @@ def permutation_test(
     read:np.ndarray, # (N,T) or (T,) bool, boundaries
     x:np.ndarray, # the same shape: events (bool) or a quantity (float)
     ignore:np.ndarray=None, # the same shape, bool: frames cut out first; None: the first frame of each sequence
-    kind:str='circular', # what is kept, see `placements`; 'episode' shuffles whose boundaries meet whose events
+    kind:str='circular', # what is kept, see placements; 'episode' shuffles whose boundaries meet whose events
     n:int=2000, # copies
     seed:int=0, # seed of the copies
 ) -> dict: # `p` (one-sided, greater), `mean` of x at boundaries, `null` (n,) the same for the copies
@@ -329,7 +329,7 @@ def holm(
 
 # %% ../../nbs/43_vta.boundaries.ipynb #70a7aa06
 def find_events(
-    d:dict, # from `stack_episodes`
+    d:dict, # from stack_episodes
     percentile:float=90, # frames above this percentile of the frame delta are events
 ) -> dict: # {name: (N,T) bool}
     "Events by name, from whatever the episodes hold; float-valued `events` are quantities and not in it."
@@ -356,7 +356,7 @@ def _clock(s, k):
 
 # %% ../../nbs/43_vta.boundaries.ipynb #7b5056d0
 def baselines(
-    d:dict, # from `stack_episodes`
+    d:dict, # from stack_episodes
     draws:int=200, # random placements, fewer for large data
     seed:int=0, # seed of the placements
 ) -> dict: # {name: (draws,N,T) bool}
@@ -498,7 +498,7 @@ def _event_words(
 
 # %% ../../nbs/43_vta.boundaries.ipynb #b0ea4f18
 def boundary_verdicts(
-    result:dict, # from `evaluate_boundaries`
+    result:dict, # from evaluate_boundaries
 ) -> list: # of sentences
     "What may be said about these boundaries, and no more."
     out, truth, tol = _shape_words(result['summary']), result.get('truth'), result['settings']['tol'][0]
@@ -509,7 +509,7 @@ def boundary_verdicts(
 
 # %% ../../nbs/43_vta.boundaries.ipynb #8770538d
 def evaluate_boundaries(
-    episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays; see `stack_episodes`
+    episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays; see stack_episodes
     tol:tuple=(0, 1, 2), # tolerances in frames; the first one is what verdicts are about
     percentile:float=90, # frames above this percentile of the frame delta are events
     kind:str='circular', # of permutation: 'circular', 'interval' or 'uniform'
@@ -563,7 +563,7 @@ def _event_columns(c):
 
 # %% ../../nbs/43_vta.boundaries.ipynb #9b65c046
 def boundary_report(
-    result:dict, # from `evaluate_boundaries`
+    result:dict, # from evaluate_boundaries
     title:str='Boundaries', # heading
 ) -> str: # Markdown
     "Verdicts, tables and how to read them."
@@ -583,7 +583,7 @@ COLOURS = {'model': 'tab:red', 'frame difference': 'C0', 'clock': '.5', 'random'
 
 # %% ../../nbs/43_vta.boundaries.ipynb #414c6e51
 def plot_evaluation(
-    result:dict, # from `evaluate_boundaries`
+    result:dict, # from evaluate_boundaries
 ): # matplotlib Figure
     "F1 against the truth and event rates at boundaries, the model beside the baselines."
     import matplotlib.pyplot as plt

@@ -47,7 +47,7 @@ def pressure(
 
 def push(
     logits: Tensor,      # (B, 2) [READ, COPY]
-    direction: Tensor,   # (B, 1) from `pressure`
+    direction: Tensor,   # (B, 1) from pressure
     scale,               # nats for either class, 0 or more
 ) -> Tensor: # (B, 2)
     "Add `scale` to one class and take it from the other."
@@ -145,7 +145,7 @@ def forward(self: LearnedClock,
     seen: Tensor|None, # (B, n) from `seen`; None: the prior decides
     state: dict,       # `seg_len`, `seg_num` (B, 1) before the step
     noise: Tensor|None, # (B, 2) uniform; None: the more probable class
-    scale,             # strength of `push`
+    scale,             # strength of push
     temp,              # temperature of the sample
 ) -> Beat:
     "One step."

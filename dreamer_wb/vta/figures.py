@@ -152,9 +152,9 @@ def _sheet(x, e, t, columns):
 
 # %% ../../nbs/44_vta.figures.ipynb #c2359d99
 def boundary_grid(
-    episode:dict, # `obs`, `read` and what else is known, see `stack_episodes`
-    settings:BoundarySettings, # from `boundary_settings`
-    window=0, # first frame, or a word, see `choose_window`
+    episode:dict, # `obs`, `read` and what else is known, see stack_episodes
+    settings:BoundarySettings, # from boundary_settings
+    window=0, # first frame, or a word, see choose_window
     length:int=30, # frames
     columns:int=10, # frames in a row
 ): # matplotlib Figure
@@ -187,8 +187,8 @@ def _panels(e, settings):
 # %% ../../nbs/44_vta.figures.ipynb #46f38026
 def boundary_internal(
     episode:dict, # `read_prob`, `read` and what else is known: `kl_…`, `seg_len`, `seg_num`, `value`, `rew`, `obs`
-    settings:BoundarySettings, # from `boundary_settings`
-    window=0, # first frame, or a word, see `choose_window`
+    settings:BoundarySettings, # from boundary_settings
+    window=0, # first frame, or a word, see choose_window
     length:int=60, # frames
 ): # matplotlib Figure
     "READ probability, counters, KL, reward and frame delta over time."
@@ -224,8 +224,8 @@ def _panel(ax, t, lines):
 # %% ../../nbs/44_vta.figures.ipynb #a4ff220d
 def boundary_fired(
     episode:dict, # `obs`, `read` and what else is known
-    settings:BoundarySettings, # from `boundary_settings`
-    window=0, # first frame, or a word, see `choose_window`
+    settings:BoundarySettings, # from boundary_settings
+    window=0, # first frame, or a word, see choose_window
     length:int=None, # frames; None: to the end
     most:int=40, # frames shown at most
     columns:int=10, # frames in a row
@@ -250,7 +250,7 @@ def boundary_fired(
 # %% ../../nbs/44_vta.figures.ipynb #bf767dbc
 def limit_verdict(
     episodes:list, # of dicts
-    settings:BoundarySettings, # from `boundary_settings`
+    settings:BoundarySettings, # from boundary_settings
 ) -> list: # of sentences, none where the limit does not matter
     "How many boundaries come from the maximal segment length."
     if not settings.max_seg_len or settings.boundary_force_scale == 0: return []
@@ -272,11 +272,11 @@ def _draw(run, f, e, settings, window, length):
 # %% ../../nbs/44_vta.figures.ipynb #6d78dd8f
 def save_boundaries(
     run, # a Run or the path of its folder
-    episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see `stack_episodes`
+    episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see stack_episodes
     show:int=0, # episode in the figures
-    window='reward_or_delta', # first frame, or a word, see `choose_window`
+    window='reward_or_delta', # first frame, or a word, see choose_window
     length:int=30, # frames in the grid
-    **kw # for `evaluate_boundaries`
+    **kw # for evaluate_boundaries
 ) -> dict: # the evaluation, with `limits` and the saved settings
     "Figures, numbers and tables of boundaries, written into the folder of a run."
     run, episodes = run if isinstance(run, Run) else Run.open(run), split_episodes(episodes)
