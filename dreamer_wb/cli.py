@@ -143,7 +143,7 @@ def sweep(
     if any(errors): raise UserError(f'{sum(map(bool, errors))} of {len(errors)} runs failed: {"; ".join(filter(None, errors))}')
     return list(results)
 
-# %% ../nbs/80_cli.ipynb #b7eae05c
+# %% ../nbs/80_cli.ipynb #0ec4d242
 def _job(
     command:Command, # which command
     fixed:list=(), # keys with one value in the whole sweep
@@ -163,6 +163,7 @@ def _job(
             return None, f'{which}: {e}', folder
     return job
 
+# %% ../nbs/80_cli.ipynb #d68bab8f
 def _fixed(
     overrides:list, # expanded `key=value` strings
 ) -> list: # keys
@@ -180,6 +181,7 @@ def _run_name(
     varying = [o.replace('/', '_') for o in hydra.overrides.task if o.partition('=')[0] not in fixed]
     return ','.join([*varying, sha1(full.encode()).hexdigest()[:8]])
 
+# %% ../nbs/80_cli.ipynb #5d089d24
 def _launch_error(
     error:Exception, # from Hydra
 ) -> str: # one line

@@ -57,7 +57,7 @@ def sweep_rows(
     keys = varied(runs)
     return pd.DataFrame([{k: _value(r.config, k) for k in keys} | dict(seed=r.config.get('seed')) | run_figures(r) | dict(run=str(r.path)) for r in runs])
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #0640fc13
+# %% ../../nbs/72_evaluation.sweep.ipynb #5d46ee6b
 def sweep_table(
     rows, # DataFrame from sweep_rows
 ): # DataFrame, one row per setting: keys, seeds, and for each figure its mean, `_low` and `_high`
@@ -74,7 +74,7 @@ def sweep_table(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #34a874fa
+# %% ../../nbs/72_evaluation.sweep.ipynb #6af70394
 def sweep_words(
     table, # DataFrame from sweep_table
 ) -> str: # a Markdown table
@@ -89,7 +89,7 @@ def sweep_words(
     lines += [[*(str(row[k]) for k in keys), *(cell(row, f) for f in figures)] for _, row in table.iterrows()]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #cbc487d3
+# %% ../../nbs/72_evaluation.sweep.ipynb #681eec79
 PANELS = ('psnr', 'std_ratio', 'chroma_ratio', 'kl', 'active_units', 'probe_label', 'probe_place', 'acc_worst') # what is drawn, in this order
 TRIVIAL = {'psnr': 'psnr_mean_image'} # where the trivial answer's figure stands
 
@@ -102,7 +102,7 @@ def setting_names(
     short = {k: k.rpartition('.')[2] if [j.rpartition('.')[2] for j in keys].count(k.rpartition('.')[2]) == 1 else k for k in keys}
     return ['\n'.join(f'{short[k]}={row[k]}' for k in keys) or 'all runs' for _, row in rows.iterrows()]
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #f6977b97
+# %% ../../nbs/72_evaluation.sweep.ipynb #0ff84402
 def plot_sweep(
     rows, # DataFrame from sweep_rows
 ): # matplotlib Figure

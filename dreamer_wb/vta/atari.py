@@ -115,7 +115,7 @@ def play(
     info = dict(game=game, seed=int(seed), actions=list(actions), score=np.cumsum(rew).tolist(), **{k: [s[k] for s in seen] for k in seen[0]})
     return dict(obs=np.stack(obs), act=act[:t + 1], rew=np.float32(rew), done=np.r_[np.zeros(t, bool), ale.game_over()], info=json.dumps(info))
 
-# %% ../../nbs/45_vta.atari.ipynb #09319c3e
+# %% ../../nbs/45_vta.atari.ipynb #c23bfa5b
 def _grown(blocks):
     "Where a byte that counts up from 255 (none) grew."
     n = (np.array(blocks) + 1) % 256
@@ -132,7 +132,7 @@ def game_events(
     if 'igloo' in info: out['events']['igloo block'] = _grown(info['igloo'])
     return out
 
-# %% ../../nbs/45_vta.atari.ipynb #abfae211
+# %% ../../nbs/45_vta.atari.ipynb #1c9e921d
 def show_events(
     episodes:list, # from game_events
     event:str, # a name that find_events gives, such as 'life loss', 'room change', 'reward'
@@ -151,7 +151,7 @@ def show_events(
     frames, titles = zip(*[(episodes[i]['obs'][t + s], f't{s:+d}' if s else f't={t}') for i, t in picked for s in range(-around, around + 1)])
     return show_images(list(frames), list(titles), cols=2*(2*around + 1), width=66)
 
-# %% ../../nbs/45_vta.atari.ipynb #ffb36f57
+# %% ../../nbs/45_vta.atari.ipynb #15ff9f47
 def write_games(
     folder, # where to; made if it is not there
     game:str, # see play

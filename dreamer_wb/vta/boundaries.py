@@ -269,7 +269,7 @@ def _exchange(read, x, keep, n, rng):
     own, other = np.arange(len(r)), rng.permuted(np.tile(np.arange(len(r)), (n, 1)), axis=1)
     return total[own, other].sum(1)/np.maximum(count[own, other].sum(1), 1)
 
-# %% ../../nbs/43_vta.boundaries.ipynb #ed695f3b
+# %% ../../nbs/43_vta.boundaries.ipynb #ea38922b
 def permutation_test(
     read:np.ndarray, # (N,T) or (T,) bool, boundaries
     x:np.ndarray, # the same shape: events (bool) or a quantity (float)
@@ -327,7 +327,7 @@ def holm(
     out[order] = np.minimum(np.maximum.accumulate(p[order]*(m - np.arange(m))), 1)
     return out
 
-# %% ../../nbs/43_vta.boundaries.ipynb #70a7aa06
+# %% ../../nbs/43_vta.boundaries.ipynb #deff83f5
 def find_events(
     d:dict, # from stack_episodes
     percentile:float=90, # frames above this percentile of the frame delta are events
@@ -354,7 +354,7 @@ def _clock(s, k):
         out[np.arange(phases)[:, None], i, np.flatnonzero(s[i])[at]] = True
     return out
 
-# %% ../../nbs/43_vta.boundaries.ipynb #7b5056d0
+# %% ../../nbs/43_vta.boundaries.ipynb #cc56dc6a
 def baselines(
     d:dict, # from stack_episodes
     draws:int=200, # random placements, fewer for large data
@@ -496,7 +496,7 @@ def _event_words(
     if e['event'].startswith('frame delta'): return f'{name}: at {at:.0f} % of the boundaries ({p}). Any change detector finds these; it is no sign of meaning.'
     return f"{name}: at {at:.0f} % of the boundaries, {rate:.0f} % overall ({p}){_shared(e['p_episode'])}{_beats(e.get('gain'))}."
 
-# %% ../../nbs/43_vta.boundaries.ipynb #b0ea4f18
+# %% ../../nbs/43_vta.boundaries.ipynb #22ff3874
 def boundary_verdicts(
     result:dict, # from evaluate_boundaries
 ) -> list: # of sentences
@@ -507,7 +507,7 @@ def boundary_verdicts(
         return out + ([f'P(READ) ranks true boundaries with AUC {auc:.2f} (0.5 is chance).'] if math.isfinite(auc) else [])
     return out + (_truth_words(truth, tol) if truth else []) + [_event_words(e) for e in result['events']]
 
-# %% ../../nbs/43_vta.boundaries.ipynb #8770538d
+# %% ../../nbs/43_vta.boundaries.ipynb #10f7e1b8
 def evaluate_boundaries(
     episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays; see stack_episodes
     tol:tuple=(0, 1, 2), # tolerances in frames; the first one is what verdicts are about
@@ -561,7 +561,7 @@ def _event_columns(c):
             'at frame difference': 'frame difference', 'at clock': 'clock'}
     return cols | {f"found ± {c['tol'][-1]}": 'found', 'found by frame difference': 'found_frame_difference', 'AUC': 'auc', 'p (AUC)': 'auc_p'}
 
-# %% ../../nbs/43_vta.boundaries.ipynb #9b65c046
+# %% ../../nbs/43_vta.boundaries.ipynb #24ad979d
 def boundary_report(
     result:dict, # from evaluate_boundaries
     title:str='Boundaries', # heading
@@ -581,7 +581,7 @@ def boundary_report(
 # %% ../../nbs/43_vta.boundaries.ipynb #9fe994bc
 COLOURS = {'model': 'tab:red', 'frame difference': 'C0', 'clock': '.5', 'random': '.7', 'every frame': '.85'}
 
-# %% ../../nbs/43_vta.boundaries.ipynb #414c6e51
+# %% ../../nbs/43_vta.boundaries.ipynb #5122eeca
 def plot_evaluation(
     result:dict, # from evaluate_boundaries
 ): # matplotlib Figure

@@ -150,7 +150,7 @@ def _sheet(x, e, t, columns):
         if 'true' in e and e['true'][s]: sheet[y - bar:y - 1, c:c + W] = READ_COPY['true']
     return sheet, cell
 
-# %% ../../nbs/44_vta.figures.ipynb #c2359d99
+# %% ../../nbs/44_vta.figures.ipynb #11f8c83c
 def boundary_grid(
     episode:dict, # `obs`, `read` and what else is known, see stack_episodes
     settings:BoundarySettings, # from boundary_settings
@@ -184,7 +184,7 @@ def _panels(e, settings):
     if e['events']: rows['events'] = [(k, v.astype(float), None) for k, v in e['events'].items()]
     return rows
 
-# %% ../../nbs/44_vta.figures.ipynb #46f38026
+# %% ../../nbs/44_vta.figures.ipynb #ab3b1cec
 def boundary_internal(
     episode:dict, # `read_prob`, `read` and what else is known: `kl_…`, `seg_len`, `seg_num`, `value`, `rew`, `obs`
     settings:BoundarySettings, # from boundary_settings
@@ -221,7 +221,7 @@ def _panel(ax, t, lines):
     ax.set_xlim(t[0] - .5, t[-1] + .5)
     ax.legend(fontsize=7, loc='upper left', frameon=False, ncols=len(lines))
 
-# %% ../../nbs/44_vta.figures.ipynb #a4ff220d
+# %% ../../nbs/44_vta.figures.ipynb #5a9adda9
 def boundary_fired(
     episode:dict, # `obs`, `read` and what else is known
     settings:BoundarySettings, # from boundary_settings
@@ -247,7 +247,7 @@ def boundary_fired(
     if len(at) > most: fig.text(1, 0, f'{len(at) - most} more', fontsize=8, ha='right', va='bottom')
     return fig
 
-# %% ../../nbs/44_vta.figures.ipynb #bf767dbc
+# %% ../../nbs/44_vta.figures.ipynb #7f312beb
 def limit_verdict(
     episodes:list, # of dicts
     settings:BoundarySettings, # from boundary_settings
@@ -269,7 +269,7 @@ def _draw(run, f, e, settings, window, length):
     run.save_figure(fig, f.__name__, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/44_vta.figures.ipynb #6d78dd8f
+# %% ../../nbs/44_vta.figures.ipynb #01e76df5
 def save_boundaries(
     run, # a Run or the path of its folder
     episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see stack_episodes

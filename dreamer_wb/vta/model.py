@@ -313,9 +313,12 @@ def sample_boundary(self: VTA,
     mask = straight_through(log_sample[:, C + 1:C + T])
     return logits, log_sample, torch.cat([read.expand(-1, C + 1, -1), mask, read.expand(-1, C, -1)], 1)
 
-# %% ../../nbs/42_vta.model.ipynb #b97a67ab
+# %% ../../nbs/42_vta.model.ipynb #db0b4f83
 @patch
-def constrain_posterior(self: VTA, logits, noise):
+def constrain_posterior(self: VTA,
+    logits: Tensor,     # (B,L,2) of the posterior
+    noise: Tensor|None, # (B,L,2) uniform, or None for the mode
+) -> Tensor: # (B,L,2)
     "Frame by frame, because what is overwritten depends on what was drawn before."
     cfg = self.cfg
     C, out = cfg.init_size, list(logits.unbind(1))
@@ -342,11 +345,11 @@ def encode_segments(self: VTA,
     y, _ = gru_scan([self.abs_post_fwd, self.abs_post_bwd, self.obs_post_fwd], [x, x.flip(0), x], start, new)
     return y[:, 0], y[:, 1].flip(0), y[:, 2]
 
-# %% ../../nbs/42_vta.model.ipynb #0c84a0f3
+# %% ../../nbs/42_vta.model.ipynb #18b975a1
 @patch
 def abstract(self: VTA,
-    read: Tensor,    # (T,B,1), and so is the next
-    copy: Tensor,
+    read: Tensor,    # (T,B,1)
+    copy: Tensor,    # (T,B,1)
     post: Gaussian,  # posterior of z, (T,B,S)
     start: Tensor,   # (B,H) belief at the first frame
     noise: Tensor,   # (T,B,S)
@@ -358,13 +361,13 @@ def abstract(self: VTA,
     _, belief = gru_scan([self.update_abs_belief], [z[:-1]], start[None], read[1:, None], copy[1:, None])
     return z, torch.cat([start[None], belief[:, 0]])
 
-# %% ../../nbs/42_vta.model.ipynb #59fd8378
+# %% ../../nbs/42_vta.model.ipynb #89557db3
 @patch
 def transition(self: VTA,
     mask: Tensor,    # (B,L,2)
-    abs_fwd: Tensor, # (C+T,B,H), and so are the next two
-    abs_bwd: Tensor,
-    obs_fwd: Tensor,
+    abs_fwd: Tensor, # (C+T,B,H)
+    abs_bwd: Tensor, # (C+T,B,H)
+    obs_fwd: Tensor, # (C+T,B,H)
     noise: dict,     # from draw_noise
 ) -> tuple: # z (posterior, prior), s (posterior, prior), features; time first
     "The latents of frames C to C+T-1."
