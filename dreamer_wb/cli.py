@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Optional
 
-# %% ../nbs/80_cli.ipynb #ce7cb56a
-from .core.config import CONFIGS, UserError, check_values, compose, expand, leaves, presets, register, unknown_keys
+# %% ../nbs/80_cli.ipynb #8fc07f19
+from .core.config import CONFIGS, TrainConfig, UserError, check_values, compose, expand, leaves, presets, register, unknown_keys
 from .core.runs import is_main
 
 # %% ../nbs/80_cli.ipynb #1d35b6f2
@@ -93,7 +93,7 @@ def overview() -> str: # text of `dreamer-wb --help`
     return '\n'.join(['dreamer-wb: what does a world model\'s latent know?', '', 'usage: dreamer-wb COMMAND [key=value ...]', '', *lines, '',
                       'dreamer-wb COMMAND --help explains one command; begin with: dreamer-wb demo'])
 
-# %% ../nbs/80_cli.ipynb #17d14c4e
+# %% ../nbs/80_cli.ipynb #0ccc61b7
 def command_help(
     command:Command, # which command
 ) -> str: # text of `dreamer-wb COMMAND --help`
@@ -104,6 +104,7 @@ def command_help(
     whole = {f.name: others[type(d)] for f in dataclasses.fields(schema) if type(d := _field_default(f)) in others}
     lines = [f'dreamer-wb {command.name}: {command.title}', '', textwrap.fill(command.about, 100), '', 'examples:', *(f'  {e}' for e in command.examples)]
     if command.group: lines += ['', f'presets ({command.group}=NAME, or a YAML/JSON file of your own):', *(f'  {k:20} {v}' for k, v in presets(command.group).items())]
+    if command.load('schema') is TrainConfig: lines += ['', f'sizes of DreamerV3, over any experiment: model={" | ".join(presets("model"))}']
     lines += ['', 'keys (key=default, what it means):']
     for key, (field, default, text) in leaves(schema).items():
         if key.partition('.')[0] in whole: continue

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from dreamer_wb.data.synthetic import make_waterbirds
+
 pytest.importorskip('hydra_plugins.hydra_submitit_launcher')
 
 SBATCH = '''#!{python}
@@ -67,9 +69,10 @@ def test_slurm(checkout, tmp_path, cluster):
 
 def test_errors_come_back(checkout, tmp_path):
     "A combination that fails in another process is named here, in one line; the other one is made."
-    done = sweep(checkout, tmp_path, 'hydra/launcher=submitit_local', 'data_root=nowhere', 'source=synthetic,files')
+    make_waterbirds(tmp_path/'raw', n=100, size=16)
+    done = sweep(checkout, tmp_path, 'hydra/launcher=submitit_local', 'source=files', 'data_root=raw,nowhere', 'out_dir=out_${data_root}')
     assert done.returncode == 2 and re.search(r'dreamer-wb prepare: 1 of 2 runs failed: .*nowhere: no such folder', done.stderr.splitlines()[-1]), done.stderr[-3000:]
-    assert len(list((tmp_path/'out_synthetic_0').rglob('*.npz'))) == 100
+    assert len(list((tmp_path/'out_raw').rglob('*.npz'))) == 100
 
 
 def test_missing_launcher(checkout, tmp_path):

@@ -768,13 +768,13 @@ def save(self: Checkpoint):
     if self.team: self.team.wait_for_everyone()                            # nobody goes on, or reads, before it is there
     self.saved = time.time()
 
-# %% ../../nbs/02_core.learner.ipynb #b1f285c3
+# %% ../../nbs/02_core.learner.ipynb #8339e21b
 @patch
 def load(self: Checkpoint):
     "Take everything back."
     ckpt = load_checkpoint(self.path, 'training')
     state, meta = ckpt['state'], ckpt['meta']
-    more = same_config(dict(loop=meta['loop']), dict(loop=plain(self.loop)), self.path)
+    more = same_config(*(dict(loop=x) for x in (meta['loop'], plain(self.loop))), self.path, dict(loop=plain(type(self.loop)())))
     try:
         self.model.load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['opt'])

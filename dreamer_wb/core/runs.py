@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'HARMLESS', 'GROWS', 'UserError', 'write_error', 'atomic_write', 'plain', 'write_json',
            'read_json', 'bar_place', 'progress', 'save_checkpoint', 'load_checkpoint', 'Run', 'is_main', 'several',
-           'processes', 'on_main', 'environment', 'differences', 'same_config', 'read_metrics', 'plot_losses']
+           'processes', 'on_main', 'environment', 'differences', 'filled', 'same_config', 'read_metrics', 'plot_losses']
 
-# %% ../../nbs/01_core.runs.ipynb #6d3f3aa4
+# %% ../../nbs/01_core.runs.ipynb #3883f59b
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -331,13 +332,22 @@ def differences(a: dict,          # a config
 HARMLESS = ('name', 'runs_dir', 'progress', 'doctor', *(f'loop.{k}' for k in 'progress tensorboard mlflow wandb wandb_project checkpoint_seconds'.split()))
 GROWS = ('loop.steps',)
 
-# %% ../../nbs/01_core.runs.ipynb #4c2feef4
-def same_config(old: dict,  # the config that was saved
-                new: dict,  # the config of now
-                path: Path  # what was saved with it, for the message
-               ) -> bool:   # is there more to do than before?
+# %% ../../nbs/01_core.runs.ipynb #902f64ea
+def filled(config: dict, # what was saved, perhaps by an older version
+           default: dict # the defaults of its schema
+          ) -> dict:     # nested like `default`
+    "A config with the keys that it lacks at their defaults."
+    part = lambda k, v: filled(v, default[k]) if isinstance(v, dict) and isinstance(default.get(k), dict) else v
+    return default | {k: part(k, v) for k, v in config.items()}
+
+# %% ../../nbs/01_core.runs.ipynb #7ff87617
+def same_config(old: dict,           # the config that was saved
+                new: dict,           # the config of now
+                path: Path,          # what was saved with it, for the message
+                default: dict = {}   # what keys that the saved config does not know yet meant then
+               ) -> bool:            # is there more to do than before?
     "`UserError` that names the keys that differ; `HARMLESS` ones, which cannot change a result, may, and `GROWS` may be raised."
-    diff = {k: v for k, v in differences(old, new).items() if k not in HARMLESS}
+    diff = {k: v for k, v in differences(filled(old, default), new).items() if k not in HARMLESS}
     more = [k for k in GROWS if k in diff and all(isinstance(x, int) for x in diff[k]) and diff[k][0] < diff[k][1]]
     for k in more: del diff[k]
     if diff: raise UserError(f'{path}: was made with another config (' + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in diff.items())
@@ -358,7 +368,7 @@ def open(cls: Run,
     if not isinstance(config, dict): raise UserError(f'{file}: damaged; restore it, or delete the run folder')
     return cls(path, config)
 
-# %% ../../nbs/01_core.runs.ipynb #7489f123
+# %% ../../nbs/01_core.runs.ipynb #54748908
 @patch(cls_method=True)
 def create(cls: Run,
            config: object,               # the composed config: a dataclass or a dict
@@ -368,18 +378,19 @@ def create(cls: Run,
            resume: bool = True           # go on with a run of this name, if there is one
           ) -> 'Run':                    # locked by this process, or by the main one of several
     "Make a run folder, or go on with the one of that name if its config is the same; `loop.steps` may be larger than it was."
-    return on_main(lambda: cls._create(plain(config), Path(runs_dir)/experiment, name, resume))
+    default = plain(type(config)()) if dataclasses.is_dataclass(config) else {}
+    return on_main(lambda: cls._create(plain(config), Path(runs_dir)/experiment, name, resume, default))
 
-# %% ../../nbs/01_core.runs.ipynb #6498df66
+# %% ../../nbs/01_core.runs.ipynb #e883f102
 @patch(cls_method=True)
-def _create(cls: Run, config, folder, name, resume):
+def _create(cls: Run, config, folder, name, resume, default):
     "`Run.create` in the main process."
     stamp = datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
     while not name and (folder/stamp).exists(): stamp += '_'
     path, more = folder/(name or stamp), False
     if (path/'config.yaml').exists():
         if not resume: raise UserError(f'{path}: exists already; give another name, or resume=true')
-        more = same_config(cls.open(path).config, config, path)
+        more = same_config(cls.open(path).config, config, path, default)
     run = cls(path, config)
     run.lock()
     if more and run.stages(): write_json(path/'stages.json', {k: dict(v, done=False) for k, v in run.stages().items()})

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
-# %% ../../nbs/71_evaluation.demo.ipynb #7bce42f3
+# %% ../../nbs/71_evaluation.demo.ipynb #26384d28
 from ..classifier.compare import ClassifyConfig, classify
-from ..core.config import TrainConfig, at_least, compose, from_dict, to_dict
+from ..core.config import TrainConfig, at_least, compose, from_dict
 from ..core.runs import Run
 from ..data.prepare import PrepareConfig, prepare
 from ..dreamer.world_model import train_world_model
@@ -55,13 +55,13 @@ def stage_configs(
     train = dataclasses.replace(cfg.train, experiment='demo', name=name, runs_dir=cfg.runs_dir, seed=cfg.seed, size=cfg.size, data_dir=prep.out_dir)
     return prep, train, dataclasses.replace(cfg.classify, run=str(folder)), ReportConfig(run=str(folder))
 
-# %% ../../nbs/71_evaluation.demo.ipynb #db90fed4
+# %% ../../nbs/71_evaluation.demo.ipynb #ff68b77c
 def demo(
     cfg:DemoConfig, # what the demo was told
 ) -> Path: # report.html
     "Pictures, world model, classifiers, report: the whole path in one call, going on where an earlier call stopped."
     prep, train, heads, page = stage_configs(cfg)
-    run = Run.create(to_dict(train), 'demo', cfg.runs_dir, train.name)
+    run = Run.create(train, 'demo', cfg.runs_dir, train.name)
     print(f'{run.path}\n1 of 4: {cfg.images} pictures', flush=True)
     if not run.done('pictures'):
         with run.stage('pictures') as facts: facts['images'] = len(prepare(prep))

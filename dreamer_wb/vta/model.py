@@ -477,17 +477,17 @@ def param_groups(self: VTA,
     "Adam with the maximum of the second moments, as published."
     return [dict(params=list(self.parameters()), amsgrad=loop.opt == 'adamw')]
 
-# %% ../../nbs/42_vta.model.ipynb #fd354813
+# %% ../../nbs/42_vta.model.ipynb #804f392a
 @patch
-@torch.no_grad()
 def boundaries(self: VTA,
     obs: Tensor, # (B,L,3,H,W) uint8
 ) -> dict: # numpy: read, forced (B,T) bool; read_prob, prior_prob (B,T); rec (B,T,H,W,3) uint8
     "What the model, without noise in its decisions, makes of windows; all aligned to the frames C to C+T-1."
     training, C, T = self.training, self.cfg.init_size, self.cfg.seq_size
     self.eval()
-    noise = self.draw_noise(obs)
-    trace = self.observe(read_frames(obs, self.cfg.obs_bit, torch.full_like(obs, 128)), {k: v if v is None else v*0 for k, v in noise.items()})
+    with torch.no_grad():
+        noise = {k: v if v is None else v*0 for k, v in self.draw_noise(obs).items()}
+        trace = self.observe(read_frames(obs, self.cfg.obs_bit, torch.full_like(obs, 128)), noise)
     self.train(training)
     prior = torch.cat([torch.ones_like(trace.read[:, :1]), trace.prior_logit.softmax(-1)[:, :-1, 0]], 1)
     rec = frames_to_image(trace.rec, self.cfg.obs_bit).permute(0, 1, 3, 4, 2)
