@@ -3,6 +3,7 @@ import ast
 import configparser
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,34 @@ def test_wheel_has_what_the_package_reads(run_python, tmp_path):
     built = {p.relative_to(tmp_path/'lib'/'dreamer_wb').as_posix() for p in (tmp_path/'lib').rglob('*') if p.is_file()}
     assert files and not files - built
     assert {f'{m.replace(".", "/")}.py' for m in sources} <= built
+
+def plain_name(requirement): return re.split(r'[^\w.-]', requirement)[0].lower().replace('_', '-')
+
+def needed(names):
+    "Distributions that these need, themselves included, without what only extras ask for."
+    todo, found = list(names), set()
+    while todo:
+        name = todo.pop()
+        if name in found: continue
+        found.add(name)
+        try: todo += [plain_name(r) for r in requires(name) or () if 'extra ==' not in r]
+        except PackageNotFoundError: continue                  # for another system
+    return found
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.partition('.')[0] in {absent} else find(name, *more)
+from dreamer_wb.cli import main
+sys.exit(main(['demo', 'images=200', 'size=32', {runs!r}, 'train.loop.steps=4', 'classify.models=[dreamer_linear]', 'classify.workers=1', 'classify.maps=[]']))
+"""
+
+def test_demo_needs_no_extra(config, run_python, tmp_path):
+    "What only developers and extras install is hidden: the README's first command runs without it."
+    base = needed(plain_name(r) for r in config['requirements'].split())
+    more = {plain_name(r) for key in config if key.endswith('_requirements') for r in config[key].split()} - base
+    absent = {module for module, owners in packages_distributions().items() if {plain_name(o) for o in owners} & more}
+    assert {'accelerate', 'nbdev', 'wandb', 'mlflow'} <= absent and not absent & {'torch', 'fastai', 'hydra', 'gymnasium'}
+    done = run_python('-W', 'ignore', '-c', ALONE.format(absent=absent, runs=f'runs_dir={tmp_path}'))
+    assert done.returncode == 0 and (tmp_path/'demo/seed0/report.html').exists(), done.stderr[-3000:]

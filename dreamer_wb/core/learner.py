@@ -745,11 +745,12 @@ class Checkpoint(Callback):
             self.finished = True
             self.save()
 
-# %% ../../nbs/02_core.learner.ipynb #63ac86ac
+# %% ../../nbs/02_core.learner.ipynb #6c9f2587
 def _from_all(value, team):
     "A list: the value of each process."
+    if not team: return [value]
     from accelerate.utils import gather_object
-    return gather_object([value]) if team else [value]
+    return gather_object([value])
 
 # %% ../../nbs/02_core.learner.ipynb #d37e542d
 @patch
