@@ -17,14 +17,6 @@ from dreamer_wb.dreamer.rssm import RSSM
 E, A = 10, 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rssm(latent, norm='rms', **keys):
     torch.manual_seed(0)
     model = RSSM(E, A, DynamicsConfig(latent=latent, stoch=6, classes=5, deter=32, hidden=16, blocks=4, norm=norm, **keys))

@@ -21,14 +21,6 @@ def config(root, tmp_path, steps=60, **keys):
                               runs_dir=str(tmp_path/'runs'), data_dir=str(root), batch_size=8, loop=loop) | keys)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='module')
 def episodes(tmp_path_factory):
     "40 + 24 still images whose colour and brightness vary."

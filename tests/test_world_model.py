@@ -24,14 +24,6 @@ def small(**keys):
                 dynamics=DynamicsConfig(stoch=8, classes=4, deter=32, hidden=32, blocks=4)) | keys
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='module')
 def episodes(tmp_path_factory):
     "40 + 12 still images whose colour and brightness vary."

@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image'
            'make_sequences', 'Kept', 'Generated', 'vta_batches', 'window_episodes', 'boundary_scores', 'watch_callback',
            'save_film', 'train_vta']
 
-# %% ../../nbs/42_vta.model.ipynb #76c0ff25
+# %% ../../nbs/42_vta.model.ipynb #1de30864
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..core.config import LoopConfig, at_least, choice, from_dict, to_dict
-from ..core.runs import Run, UserError, atomic_write, load_checkpoint, save_checkpoint, write_json
+from ..core.runs import Run, UserError, atomic_write, is_main, load_checkpoint, save_checkpoint, write_json
 from ..data.episodes import Batches, EpisodeStore, Sequential
 from ..dreamer.distributions import Gaussian
 from ..dreamer.world_model import pick_device
@@ -669,7 +669,7 @@ def boundary_scores(
         if name != 'every frame': out[f'f1_{name.replace(" ", "_")}'] = np.mean([boundary_prf(p, d['true'], 0, ~s)['f1'] for p in pred])
     return {k: float(np.nan_to_num(v)) for k, v in out.items()}
 
-# %% ../../nbs/42_vta.model.ipynb #ff0f49d7
+# %% ../../nbs/42_vta.model.ipynb #65a7b28d
 def watch_callback(
     model_batches: list, # evaluation batches, with `read` if the truth is known
     run: Run,            # where the films go
@@ -682,7 +682,7 @@ def watch_callback(
         def after_epoch(self):
             windows = window_episodes(self.model, model_batches)
             self.learn.log(**boundary_scores(windows))
-            save_film(windows, run.videos/f'boundaries_{self.train_iter:06d}.gif')
+            if is_main(): save_film(windows, run.videos/f'boundaries_{self.train_iter:06d}.gif')
     return Watch()
 
 # %% ../../nbs/42_vta.model.ipynb #69cb3770
@@ -719,7 +719,7 @@ def load_from_checkpoint(cls: VTA,
     model.beta = data['meta']['beta']
     return model.eval()
 
-# %% ../../nbs/42_vta.model.ipynb #c83d723c
+# %% ../../nbs/42_vta.model.ipynb #b75d6aa7
 def train_vta(
     cfg: VTATrainConfig, # everything that `dreamer-wb train` reads for a VTA
 ) -> Run: # the run, finished
@@ -734,6 +734,7 @@ def train_vta(
         model = VTA(cfg).to(device)
         loop = cfg.loop if cfg.use_amp else dataclasses.replace(cfg.loop, amp='off')
         fit(model, batches, loop, run, valid, cbs=[watch_callback(valid, run)])
+        if not is_main(): return run
         windows = window_episodes(model, valid)
         scores = boundary_scores(windows)
         model.save(run.checkpoints/'vta.ckpt', scores)
