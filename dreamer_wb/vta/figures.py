@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'READ_COPY', 'BoundarySettings', 'boundary_settings', 'segment_counters', 'at_limit', 'choose_window',
-           'boundary_grid', 'boundary_internal', 'boundary_fired', 'limit_verdict', 'save_boundaries']
+           'boundary_grid', 'boundary_internal', 'boundary_fired', 'limit_verdict', 'judge_boundaries',
+           'boundary_figures', 'save_boundaries']
 
-# %% ../../nbs/44_vta.figures.ipynb #2c0bc5a9
+# %% ../../nbs/44_vta.figures.ipynb #febee665
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def _find_settings(config, at=''):
         if isinstance(v, Mapping): yield from _find_settings(v, f'{at}{k}.')
         elif name in BoundarySettings.__dataclass_fields__ and v is not None: yield name, f'{at}{k}', v
 
-# %% ../../nbs/44_vta.figures.ipynb #dd77ddb3
+# %% ../../nbs/44_vta.figures.ipynb #b3042dca
 def boundary_settings(
     source, # a Run, the path of a run folder, or a config (nested dict)
     level:int=0, # which level, where a setting is a list with one value for each
@@ -57,7 +58,17 @@ def boundary_settings(
         if isinstance(v, str) or v is None: continue
         old = found.setdefault(name, (key, v))
         if old[1] != v: raise UserError(f'{name}: the config says {old[0]}={old[1]} and {key}={v}; keep one of them')
-    return BoundarySettings(**{k: v for k, (_, v) in found.items()})
+    return _in_force(BoundarySettings(**{k: v for k, (_, v) in found.items()}), config, level)
+
+def _in_force(settings, config, level):
+    "Without what a world model's clock does not read, or the original VTA does not use; the limit of a higher level is a power."
+    dynamics, limits = config.get('dynamics') or {}, {}
+    if dynamics.get('name') == 'hierarchy':
+        h = dynamics.get('hierarchy') or {}
+        if h.get('clock', 'learned') not in ('learned', 'length'): return BoundarySettings()
+        limits = dict(max_seg_len=(settings.max_seg_len or 0)**max(level, 1) or None, max_seg_num=settings.max_seg_num or None)
+    if config.get('regularise') == 'none': limits = dict(max_seg_len=None, max_seg_num=None)
+    return replace(settings, **limits)
 
 # %% ../../nbs/44_vta.figures.ipynb #b2b50001
 def segment_counters(
@@ -78,11 +89,11 @@ def at_limit(
     length, number = segment_counters(read)
     return read & (np.r_[0, length[:-1]] == limit) & (np.r_[0, number[:-1]] > 0)
 
-# %% ../../nbs/44_vta.figures.ipynb #ab3fe4db
+# %% ../../nbs/44_vta.figures.ipynb #41af0be9
 def choose_window(
     episode:dict, # arrays (T,), with `rew` or with `delta` or `obs`
     length:int=30, # frames to show
-    window='reward_or_delta', # 'reward', 'delta', 'reward_or_delta', or the first frame
+    window='reward_or_delta', # 'reward', 'delta', 'reward_or_delta', 'boundary', or the first frame
 ) -> slice: # frames start..stop
     "The part of an episode worth looking at."
     d = stack_episodes([{k: v for k, v in episode.items() if k != 'settings'}])
@@ -92,9 +103,9 @@ def choose_window(
         start = range(T)[int(window)] if -T <= int(window) < T else None
         if start is None: raise UserError(f'window={window}: the episode has {T} frames; give a number below that')
         return slice(min(start, T - length), min(start, T - length) + length)
-    if window not in ('reward', 'delta', 'reward_or_delta'):
-        raise UserError(f"window={window!r}: unknown; choose 'reward', 'delta', 'reward_or_delta' or a number")
-    weight = np.abs(d['rew'][0]) if 'rew' in d and 'reward' in window else np.zeros(T)
+    if window not in ('reward', 'delta', 'reward_or_delta', 'boundary'):
+        raise UserError(f"window={window!r}: unknown; choose 'reward', 'delta', 'reward_or_delta', 'boundary' or a number")
+    weight = d['read'][0] & d['scored'][0] if window == 'boundary' else np.abs(d['rew'][0]) if 'rew' in d and 'reward' in window else np.zeros(T)
     if not weight.any() and 'delta' in window and 'delta' in d: weight = d['delta'][0]
     if not weight.any(): raise UserError(f'window={window!r}: this episode has none; choose another window or a number')
     total = np.cumsum(np.r_[0, weight])
@@ -247,7 +258,7 @@ def boundary_fired(
     if len(at) > most: fig.text(1, 0, f'{len(at) - most} more', fontsize=8, ha='right', va='bottom')
     return fig
 
-# %% ../../nbs/44_vta.figures.ipynb #7f312beb
+# %% ../../nbs/44_vta.figures.ipynb #fa5fcea4
 def limit_verdict(
     episodes:list, # of dicts
     settings:BoundarySettings, # from boundary_settings
@@ -260,16 +271,39 @@ def limit_verdict(
     return [f"Limit: {100*hit/n:.0f} % of the boundaries come exactly {settings.max_seg_len} frames after the last one, where max_seg_len asks for one."
             + ' The limit is speaking, not the model.'*bool(hit > n/2)]
 
-def _draw(run, f, e, settings, window, length):
-    "One figure into the run folder; a window without an event begins at 0."
-    import matplotlib.pyplot as plt
-    try: choose_window(e, length, window)
-    except UserError: window = 0
-    fig = f(e, settings, window, length)
-    run.save_figure(fig, f.__name__, dpi=110)
-    plt.close(fig)
+# %% ../../nbs/44_vta.figures.ipynb #a1efab05
+def judge_boundaries(
+    episodes:list, # of dicts of (T,) arrays, see stack_episodes
+    settings:BoundarySettings, # from boundary_settings
+    **kw # for evaluate_boundaries
+) -> dict: # the evaluation, with `limits` and `model`, the settings
+    "Evaluate boundaries; a `UserError` if they were made with other settings than those saved with the run."
+    for e in episodes: _checked(e, settings)
+    plain = [{k: v for k, v in x.items() if k != 'settings'} for x in episodes]
+    out = dict(evaluate_boundaries(plain, **kw), model=asdict(settings), limits=limit_verdict(episodes, settings))
+    return out | dict(verdicts=out['limits'] + out['verdicts'])
 
-# %% ../../nbs/44_vta.figures.ipynb #01e76df5
+# %% ../../nbs/44_vta.figures.ipynb #615f06d6
+def boundary_figures(
+    episode:dict, # with `obs`, see stack_episodes
+    settings:BoundarySettings, # from boundary_settings
+    window='reward_or_delta', # first frame, or a word, see choose_window; a word that fits nothing: frame 0
+    length:int=30, # frames in the grid; the others show four times as many
+) -> dict: # {name: matplotlib Figure}
+    "The three figures, as far as there is something to show."
+    out = {}
+    for f, n in ((boundary_grid, length), (boundary_internal, 4*length), (boundary_fired, 4*length)):
+        first = window
+        try: choose_window(episode, n, window)
+        except UserError:
+            if not isinstance(window, str) or window not in ('reward', 'delta', 'reward_or_delta', 'boundary'): raise
+            first = 0
+        try: out[f.__name__] = f(episode, settings, first, n)
+        except UserError as e:
+            if 'no READ' not in str(e): raise
+    return out
+
+# %% ../../nbs/44_vta.figures.ipynb #81b2fd95
 def save_boundaries(
     run, # a Run or the path of its folder
     episodes, # list of dicts of (T,) arrays, or one dict of (N,T) arrays, see stack_episodes
@@ -279,14 +313,13 @@ def save_boundaries(
     **kw # for evaluate_boundaries
 ) -> dict: # the evaluation, with `limits` and the saved settings
     "Figures, numbers and tables of boundaries, written into the folder of a run."
+    import matplotlib.pyplot as plt
     run, episodes = run if isinstance(run, Run) else Run.open(run), split_episodes(episodes)
     settings, e = boundary_settings(run), episodes[range(len(episodes))[show]]
-    for other in episodes: _checked(other, settings)
-    if e.get('obs') is not None:
-        for f, n in ((boundary_grid, length), (boundary_internal, 4*length), (boundary_fired, 4*length)): _draw(run, f, e, settings, window, n)
-    plain = [{k: v for k, v in x.items() if k != 'settings'} for x in episodes]
-    out = dict(evaluate_boundaries(plain, **kw), model=asdict(settings), limits=limit_verdict(episodes, settings))
-    out['verdicts'] = out['limits'] + out['verdicts']
+    out = judge_boundaries(episodes, settings, **kw)
+    for name, fig in boundary_figures(e, settings, window, length).items() if e.get('obs') is not None else ():
+        run.save_figure(fig, name, dpi=110)
+        plt.close(fig)
     write_json(run.path/'boundary_eval.json', out)
     with atomic_write(run.path/'boundary_eval.md', 'w') as f: f.write(boundary_report(out, f'Boundaries of {run.experiment}/{run.name}'))
     return out
