@@ -114,7 +114,7 @@ class DynamicsConfig:
     deferred: bool = True # weight gradients of the scan as one product; False: step by step, as autograd does it
     hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig) # hierarchy only: levels and clocks
 
-# %% ../../nbs/00_core.config.ipynb #26874bc3
+# %% ../../nbs/00_core.config.ipynb #407445df
 @dataclass
 class HeadsConfig:
     "Heads beside the image: reward (two-hot) and continue (Bernoulli). Still images have nothing to say to either."
@@ -133,6 +133,7 @@ class ScalesConfig:
     reward: float = at_least(1.0, 0) # reward head
     cont: float = at_least(1.0, 0) # continue head
     representation: float = at_least(1.0, 0) # loss named by representation.kind
+    open_loop: float = at_least(0.0, 0) # images imagined from the first latent of an episode; 0 = off
 
 # %% ../../nbs/00_core.config.ipynb #54abffea
 @dataclass
@@ -147,12 +148,13 @@ class RepresentationConfig:
     colour: float = at_least(0.4, 0) # barlow, simclr: strength of the colour jitter, 0 = none
     discount: float = at_least(0.99, 0) # mudreamer: of later rewards in the value
 
-# %% ../../nbs/00_core.config.ipynb #c6403558
+# %% ../../nbs/00_core.config.ipynb #8690c7c2
 @dataclass
 class WorldModelConfig:
     "All that is needed to build a world model; saved in its checkpoints."
     size: int = at_least(64, 8) # side of the square images in pixels: 64, 96, 128, 224
     action_dim: int = at_least(1, 1) # numbers in an action; still images have the one action 0
+    open_loop_outside: float = at_least(0.3, 0) # scales.open_loop: weight of pixels outside of the mask, where the episodes have one
     encoder: EncoderConfig = field(default_factory=EncoderConfig) # image encoder
     decoder: DecoderConfig = field(default_factory=DecoderConfig) # image decoder
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig) # recurrent state-space model

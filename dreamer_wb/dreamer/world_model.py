@@ -110,7 +110,7 @@ def forward(self: LatentDecoder,
 # %% ../../nbs/25_dreamer.world_model.ipynb #eaaf68ab
 DYNAMICS = {'rssm': RSSM, 'hierarchy': 'dreamer_wb.vta.dynamics:HierarchicalDynamics'} # name in the config -> class, or where it is
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #eb22cc3b
+# %% ../../nbs/25_dreamer.world_model.ipynb #c1c2e67a
 class DreamerWorldModel(nn.Module):
     "Encoder, dynamics, decoder and heads, built from a config."
     def __init__(self,
@@ -133,11 +133,11 @@ class DreamerWorldModel(nn.Module):
         self.register_buffer('bins', symexp_bins(cfg.heads.bins), persistent=False)
         kind, sizes = cfg.representation.kind, (self.dynamics.n_feat, net.n_out, cfg.action_dim)
         self.representation = REPRESENTATIONS[kind](cfg.representation, *sizes) if kind != 'none' else None
-        extra = ['representation'] * (kind != 'none')
+        extra = ['representation'] * (kind != 'none') + ['open_loop'] * (draw and cfg.scales.open_loop > 0)
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)} | getattr(self.dynamics, 'scales', {})
         self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #5dd408ec
+# %% ../../nbs/25_dreamer.world_model.ipynb #63698601
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
@@ -156,6 +156,7 @@ def forward(self: DreamerWorldModel,
     if 'cont' in self.heads: losses['cont'] = Bernoulli(self.heads['cont'](feat).squeeze(-1)).loss(~batch['done'])
     if self.representation is not None:
         losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
+    if 'open_loop' in self.scales: losses['open_loop'] = self.open_loop_loss(batch, image, trace.post)
     with torch.no_grad():
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
         if hasattr(self.dynamics, 'metrics'): metrics |= self.dynamics.metrics(trace)
@@ -183,18 +184,19 @@ def summary(self: DreamerWorldModel):
     self.train(training)
     print(format_table(rows))
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #7ce4285a
+# %% ../../nbs/25_dreamer.world_model.ipynb #5f9c2d96
 @patch
 def rollout(self: DreamerWorldModel,
     z0,              # (N, S) `stoch` from the encoder, a Latent, or a state
     actions: Tensor, # (N, T, A), or (T, A) for all alike
+    sample: bool|None = None, # sample the latents or take their modes; None = as in `self.training`
 ) -> Tensor: # (N, T, F) features after each action, for `decoder`
     "Imagine what the actions lead to, without looking."
     state = z0.state if isinstance(z0, Latent) else z0 if isinstance(z0, dict) else self.dynamics.complete(z0)
     if state['stoch'].ndim == 3: state = {k: v[:, -1] for k, v in state.items()}            # a sequence: from its end
     if actions.shape[-1] != self.cfg.action_dim: raise UserError(f'actions {tuple(actions.shape)}: the last axis must be action_dim={self.cfg.action_dim}')
     actions = actions.to(state['stoch']).expand(len(state['stoch']), *actions.shape[-2:])
-    return self.dynamics.feat(self.dynamics.imagine(actions, state))
+    return self.dynamics.feat(self.dynamics.imagine(actions, state, sample=sample))
 
 @patch
 def reconstruct(self: DreamerWorldModel,
@@ -202,6 +204,26 @@ def reconstruct(self: DreamerWorldModel,
 ) -> Tensor: # same shape, float in [-0.5, 0.5]
     "Encode and decode, without gradients."
     with torch.no_grad(): return self.decoder(self.encoder(obs).feat)
+
+# %% ../../nbs/25_dreamer.world_model.ipynb #a834d0af
+@patch
+def open_loop_loss(self: DreamerWorldModel,
+    batch: dict,   # `act` (B,T,A), `first` (B,T), and `mask` (B,T,H,W) bool if there is one; an empty mask is an unknown one
+    image: Tensor, # (B, T, 3, H, W) float, what came
+    post: dict,    # posterior states, leading (B, T)
+) -> Tensor: # (B, T); 0 at the first step and from where another episode begins
+    "Squared error of what is imagined from the first latent, summed over pixels."
+    first, loss = batch['first'], torch.zeros(image.shape[:2], device=image.device)
+    known = (first.cumsum(1) - first[:, :1].int() == 0) & (torch.arange(first.shape[1], device=first.device) > 0)
+    rows = known.any(1) if image.device.type == 'cpu' else slice(None)                      # a GPU would have to wait for the choice
+    if image.shape[1] < 2 or not len(image[rows]): return loss
+    dream = self.decoder(self.rollout({k: v[rows, 0] for k, v in post.items()}, batch['act'][rows, 1:], sample=False))
+    error = (dream.float() - image[rows, 1:]).square().sum(2)                                # (R, T-1, H, W)
+    if 'mask' in batch:
+        mask = batch['mask'][rows, 1:]
+        error = error * torch.where(mask | ~mask.any((-2, -1), keepdim=True), 1., self.cfg.open_loop_outside)
+    loss[rows, 1:] = error.sum((-2, -1)) * known[rows, 1:]
+    return loss
 
 # %% ../../nbs/25_dreamer.world_model.ipynb #d3c5cc86
 @patch
@@ -338,7 +360,7 @@ def pick_device(
     try: return torch.empty(0, device=('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e: raise UserError(f'device={name}: {str(e).splitlines()[0]}; use device=auto') from None
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #6ebd46aa
+# %% ../../nbs/25_dreamer.world_model.ipynb #5fdeb86a
 def batches_for(
     cfg: TrainConfig, # `batch_size`, `batch_length`, `repeat`, `seed`
     train,            # EpisodeStore
@@ -350,9 +372,10 @@ def batches_for(
     length = 1 if cfg.repeat > 1 else cfg.batch_length
     event, levels = cfg.dynamics.hierarchy.event_key, cfg.dynamics.hierarchy.levels
     keys = (event,) if event and cfg.dynamics.name == 'hierarchy' and levels > 1 else ()
+    masks = ('mask',) * (cfg.scales.open_loop > 0 and 'mask' in train.keys and 'mask' in valid.keys)
     if keys and event not in train.keys: raise UserError(f'dynamics.hierarchy.event_key={event}: the episodes have no such key; they have {", ".join(train.keys)}')
-    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, keys=keys, flip=cfg.flip),
-            Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat, keys=keys))
+    return (Batches(train, cfg.batch_size, length, cfg.repeat, cfg.seed, keys=keys + masks, flip=cfg.flip),
+            Sequential(valid, max(32, cfg.batch_size), length, cfg.repeat, keys=keys + masks))
 
 # %% ../../nbs/25_dreamer.world_model.ipynb #c7af38c5
 @torch.no_grad()
