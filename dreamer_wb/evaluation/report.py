@@ -304,6 +304,24 @@ def _world_model(
     report.table(pd.DataFrame([{'measure': v, 'value': m[k]} for k, v in names.items() if k in m]), f'Measured on {m["n"]} held-out pictures.')
     if (run.path/'metrics.csv').exists(): report.figure(plot_losses(pd.read_csv(run.path/'metrics.csv')), 'Losses during training.', 'losses')
 
+# %% ../../nbs/70_evaluation.report.ipynb #64b3ea13
+def _doctor(
+    report:Report, # the page
+    run:Run, # the run
+):
+    "Section: what the grey doctor found, in the run and during its training."
+    file = run.path/'doctor.json'
+    if not file.exists(): return
+    seen = read_json(file)
+    report.heading('What the doctor says')
+    if found := seen.get('run'):
+        report.text(f'**{found["cause"]}**: {found["words"]}.' + (f' Mend: {found["mend"]}.' if found['mend'] else ''), note=found['cause'] != 'healthy')
+        for note in found['notes']: report.text(note)
+        report.figure(run.figures/'doctor.png', 'On the right: by which factor the figures of each cause are beyond their thresholds; nothing crosses the line in a healthy model.', 'doctor')
+    elif looks := seen.get('training'):
+        ill = [look['text'] for look in looks if look['ill']]
+        report.text(f'Looked at during training, at update {", ".join(str(look["step"]) for look in looks)}: ' + (ill[0] if ill else f'no known cause of grey pictures. `dreamer-wb doctor run={run.path}` looks closely.'), note=bool(ill))
+
 # %% ../../nbs/70_evaluation.report.ipynb #81ea1143
 def _environment(
     run:Run, # the run
@@ -386,7 +404,7 @@ def _summary(
             if row: facts[f'worst group: {row["name"]}, {row["method"]}'] = f'{100*row["acc_worst"]:.0f} %'
     if facts: report.facts(facts)
 
-# %% ../../nbs/70_evaluation.report.ipynb #efc26dde
+# %% ../../nbs/70_evaluation.report.ipynb #93407255
 def run_report(
     run:Run, # a run folder
 ) -> Report: # the page, not yet written
@@ -396,7 +414,7 @@ def run_report(
     made = env.get('time', datetime.datetime.now().isoformat())[:16].replace('T', ' ')
     report = Report('What does the latent know?', f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
     _summary(report, run)
-    for section in (_pictures, _world_model, _classifiers, _making): section(report, run)
+    for section in (_pictures, _world_model, _doctor, _classifiers, _making): section(report, run)
     return report
 
 # %% ../../nbs/70_evaluation.report.ipynb #7a7b7d61
