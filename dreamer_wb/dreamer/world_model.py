@@ -137,12 +137,19 @@ class DreamerWorldModel(nn.Module):
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)} | getattr(self.dynamics, 'scales', {})
         self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #63698601
+# %% ../../nbs/25_dreamer.world_model.ipynb #6eb62ee6
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
 ) -> tuple: # losses {name: (B, T)}, metrics {name: scalar}
     "All losses of a batch of sequences."
+    return self.examine(batch)[:2]
+
+@patch
+def examine(self: DreamerWorldModel,
+    batch: dict, # as for `forward`
+) -> tuple: # losses {name: (B, T)}, metrics {name: scalar}, posterior states with leading (B, T)
+    "All losses, and the states that an agent dreams on from."
     image = read_images(batch['obs'])
     embed = self.encoder.embed(image)
     key = getattr(self.dynamics, 'event_key', '')
@@ -161,7 +168,7 @@ def forward(self: DreamerWorldModel,
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
         if hasattr(self.dynamics, 'metrics'): metrics |= self.dynamics.metrics(trace)
         if 'image' in losses: metrics['psnr'] = -10 * (sum_mse(self.decoder.image(net_out), image).mean() / image[0, 0].numel()).log10()
-    return {k: losses[k] for k in self.scales}, metrics
+    return {k: losses[k] for k in self.scales}, metrics, trace.post
 
 @patch
 def _look(self: DreamerWorldModel,
