@@ -107,7 +107,7 @@ def draw_views(
     ground = np.broadcast_to(shade, (size, size, 3)).astype(np.uint8)
     return np.where((np.abs(row) <= half[:, None])[..., None], colour[:, None], ground)
 
-# %% ../../nbs/41_vta.maze.ipynb #08e9b564
+# %% ../../nbs/41_vta.maze.ipynb #fbc62655
 class Walkers:
     "Walkers in one maze, all moved at once."
     def __init__(self,
@@ -123,6 +123,8 @@ class Walkers:
         ways = maze.hall[self.node] >= 0                            # (n,4)
         self.heading = np.where(ways, rng.random((n, 4)), -1).argmax(1)
         self.segment = self._ahead()*4 + self.heading
+        self.known = np.zeros((n, maze.hall.max() + 1), bool)      # hallways that were entered
+        self.discover()
 
     def _ahead(self): return self.maze.hall[self.node, self.heading]           # (n,) hallway, or -1
 
@@ -146,6 +148,15 @@ def step(self: Walkers,
     hall, old = self._ahead(), self.segment
     self.segment = np.where(self.at_crossing & (hall >= 0), hall*4 + self.heading, old)
     return self.segment != old
+
+# %% ../../nbs/41_vta.maze.ipynb #39831572
+@patch
+def discover(self: Walkers) -> np.ndarray: # (n,) bool
+    "Is this hallway new to the walker? Asked once a step; from then on it is not."
+    i, hall = np.arange(self.n), self.segment//4
+    new = ~self.known[i, hall]
+    self.known[i, hall] = True
+    return new
 
 # %% ../../nbs/41_vta.maze.ipynb #ae39d565
 @patch
@@ -171,7 +182,7 @@ def expert(self: Walkers) -> np.ndarray: # (n,) actions
     quarter = np.where(self.at_crossing, (goal - self.heading) % 4, 0)
     return np.where(quarter == 0, 0, np.where(quarter == 3, 1, 2))
 
-# %% ../../nbs/41_vta.maze.ipynb #20aeed5d
+# %% ../../nbs/41_vta.maze.ipynb #9adf794f
 def maze_sequences(
     n: int,              # sequences
     steps: int = 30,     # frames of each
@@ -180,20 +191,23 @@ def maze_sequences(
     size: int = 32,      # side of the images in pixels
     warm: int = 16,      # steps before the first frame, so that walks do not all start at a crossing
     **kw                 # speed, jitter of Walkers
-) -> dict: # obs (n,T,H,W,3) uint8, read (n,T) bool with frame 0, act (n,T,3) float32 one-hot, 0 in frame 0
-    "Walks of an expert, and where another segment begins."
+) -> dict: # obs (n,T,H,W,3) uint8, read (n,T) bool with frame 0, act (n,T,3) float32 one-hot, 0 in frame 0, rew (n,T) float32
+    "Walks of an expert, where another segment begins, and a reward of 1 for every hallway that is entered for the first time."
     maze, rng = make_maze(maze_seed), np.random.default_rng(seed)
     walkers, obs = Walkers(maze, rng, n, **kw), np.empty((n, steps, size, size, 3), np.uint8)
     for _ in range(warm): walkers.step(walkers.expert())
-    read, act = np.ones((n, steps), bool), np.zeros((n, steps, 3), np.float32)
+    walkers.known[:] = False
+    walkers.discover()
+    read, act, rew = np.ones((n, steps), bool), np.zeros((n, steps, 3), np.float32), np.zeros((n, steps), np.float32)
     for t in range(steps):
         if t:
             action = walkers.expert()
             read[:, t], act[np.arange(n), t, action] = walkers.step(action), 1
+            rew[:, t] = walkers.discover()
         for i in range(0, n, 64): obs[i:i + 64, t] = draw_views(maze, walkers.place[i:i + 64], walkers.heading[i:i + 64], size)
-    return dict(obs=obs, read=read, act=act)
+    return dict(obs=obs, read=read, act=act, rew=rew)
 
-# %% ../../nbs/41_vta.maze.ipynb #a68462a6
+# %% ../../nbs/41_vta.maze.ipynb #e448478b
 def _env_class():
     "The class, made when it is asked for, because gymnasium is imported only then."
     import gymnasium
@@ -211,7 +225,7 @@ def _env_class():
             return self._view(), dict(read=True)
         def step(self, action):
             self.t, read = self.t + 1, bool(self.walkers.step(np.array([action]))[0])
-            return self._view(), 0., False, self.t >= self.steps, dict(read=read)
+            return self._view(), float(self.walkers.discover()[0]), False, self.t >= self.steps, dict(read=read)
     return MazeEnv
 
 # %% ../../nbs/41_vta.maze.ipynb #18db6196
