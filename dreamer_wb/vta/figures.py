@@ -45,15 +45,16 @@ def _find_settings(config, at=''):
         if isinstance(v, Mapping): yield from _find_settings(v, f'{at}{k}.')
         elif name in BoundarySettings.__dataclass_fields__ and v is not None: yield name, f'{at}{k}', v
 
-# %% ../../nbs/44_vta.figures.ipynb #b3042dca
+# %% ../../nbs/44_vta.figures.ipynb #f704d19e
 def boundary_settings(
     source, # a Run, the path of a run folder, or a config (nested dict)
     level:int=0, # which level, where a setting is a list with one value for each
 ) -> BoundarySettings: # as they were saved
     "The settings of boundaries in a saved config; a `UserError` if two places disagree."
     config = source if isinstance(source, Mapping) else (source if isinstance(source, Run) else Run.open(source)).config
-    found = {}
-    for name, key, v in _find_settings(config):
+    dynamics, found = config.get('dynamics') or {}, {}
+    where = {'dynamics': {'hierarchy': dynamics.get('hierarchy') or {}}} if dynamics.get('name') == 'hierarchy' else config     # a world model has other temperatures, too
+    for name, key, v in _find_settings(where):
         if isinstance(v, (list, tuple)): v = v[min(level, len(v) - 1)] if v else None
         if isinstance(v, str) or v is None: continue
         old = found.setdefault(name, (key, v))
