@@ -158,7 +158,7 @@ def discover(self: Walkers) -> np.ndarray: # (n,) bool
     self.known[i, hall] = True
     return new
 
-# %% ../../nbs/41_vta.maze.ipynb #ae39d565
+# %% ../../nbs/41_vta.maze.ipynb #ddec14c1
 @patch
 def _settle(self: Walkers):
     "Which crossing is the walker at, and does a wall stop it?"
@@ -166,7 +166,7 @@ def _settle(self: Walkers):
     near = gap.argmin(1)
     self.node = np.where(gap.min(1) <= .5, near, self.node)
     past = ((self.place - self.maze.crossing[self.node])*MOVES[self.heading]).sum(1) > 0
-    stop = self.at_crossing & past & (self._ahead() < 0)
+    stop = past & (self._ahead() < 0)                                            # a long step may end beyond the crossing
     self.place = np.where(stop[:, None], self.maze.crossing[self.node], self.place)
 
 @patch
