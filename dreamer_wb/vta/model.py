@@ -572,7 +572,7 @@ class VTALoop(LoopConfig):
     warmup: float = at_least(0.0, 0) # over what share of the steps the learning rate rises from 0; 1 or more: over how many steps
     clip: float = at_least(10.0, 0) # largest norm of the gradient, 0 = no clipping
 
-# %% ../../nbs/42_vta.model.ipynb #ae44810d
+# %% ../../nbs/42_vta.model.ipynb #f58b28d2
 @dataclass
 class VTATrainConfig(VTAConfig):
     "Everything that `dreamer-wb train` reads for a VTA."
@@ -591,6 +591,7 @@ class VTATrainConfig(VTAConfig):
     batch_size: int = at_least(64, 1) # sequences in a batch
     eval_size: int = at_least(256, 1) # sequences that the boundaries are scored on
     use_amp: bool = True # false: float32, whatever loop.amp says
+    doctor: bool = True # look at the boundaries while they are learned and warn if they have collapsed
     loop: VTALoop = field(default_factory=VTALoop) # training loop
 
 # %% ../../nbs/42_vta.model.ipynb #67bc8152
@@ -719,13 +720,14 @@ def load_from_checkpoint(cls: VTA,
     model.beta = data['meta']['beta']
     return model.eval()
 
-# %% ../../nbs/42_vta.model.ipynb #b75d6aa7
+# %% ../../nbs/42_vta.model.ipynb #1926f09e
 def train_vta(
     cfg: VTATrainConfig, # everything that `dreamer-wb train` reads for a VTA
 ) -> Run: # the run, finished
     "Train a VTA, or go on with the run of this name; scores against the truth while it learns and in the end."
     from dreamer_wb.core.learner import fit, set_seed
-    from dreamer_wb.vta.figures import save_boundaries
+    from dreamer_wb.vta.figures import boundary_settings, save_boundaries
+    from dreamer_wb.vta.inspect import boundary_callback
     device, (batches, valid) = pick_device(cfg.device), vta_batches(cfg)
     run = Run.create(cfg, cfg.experiment, cfg.runs_dir, cfg.name)
     if run.done('train'): return run
@@ -733,7 +735,8 @@ def train_vta(
         set_seed(cfg.seed)
         model = VTA(cfg).to(device)
         loop = cfg.loop if cfg.use_amp else dataclasses.replace(cfg.loop, amp='off')
-        fit(model, batches, loop, run, valid, cbs=[watch_callback(valid, run)])
+        doctor = [boundary_callback(valid(0), boundary_settings(run), run, loop.steps)] if cfg.doctor else []
+        fit(model, batches, loop, run, valid, cbs=[watch_callback(valid, run), *doctor])
         if not is_main(): return run
         windows = window_episodes(model, valid)
         scores = boundary_scores(windows)
