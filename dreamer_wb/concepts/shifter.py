@@ -217,14 +217,15 @@ def coordinates(
     along = z @ (u / u.norm())
     return tuple(along[place == k].mean().item() for k in (0, 1))
 
-# %% ../../nbs/61_concepts.shifter.ipynb #7bf04a8d
+# %% ../../nbs/61_concepts.shifter.ipynb #6488686d
 class WorldEdit(Edit):
     "Encode, imagine the action, decode."
     def __init__(self,
-        world,            # a world model that was trained on edits
-        repeat: int = 1,  # take the same action so many times
+        world,                # a world model that was trained on edits
+        meaning: str = 'do',  # what alpha meant in its training: 'do' or 'shift'
+        repeat: int = 1,      # take the same action so many times
     ):
-        self.world, self.repeat = world, repeat
+        self.world, self.meaning, self.repeat = world, _meaning(meaning), repeat
 
     @torch.no_grad()
     def imagine(self, obs): # (N, 3, H, W) uint8 -> features (N, F) after the action
