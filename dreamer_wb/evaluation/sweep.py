@@ -74,7 +74,7 @@ def sweep_table(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #6af70394
+# %% ../../nbs/72_evaluation.sweep.ipynb #efa9d03c
 def sweep_words(
     table, # DataFrame from sweep_table
 ) -> str: # a Markdown table
@@ -86,7 +86,7 @@ def sweep_words(
         half = row[f'{f}_high'] - row[f]
         return f'{row[f]:.3g}' if np.isnan(half) else f'{row[f]:.3g} ± {half:.2g}'
     lines = [[*keys, *(FIGURES.get(f, 'CPU seconds') for f in figures)], ['---'] * (len(keys) + len(figures))]
-    lines += [[*(str(row[k]) for k in keys), *(cell(row, f) for f in figures)] for _, row in table.iterrows()]
+    lines += [[*(f'{row[k]:g}' if isinstance(row[k], float) else str(row[k]) for k in keys), *(cell(row, f) for f in figures)] for _, row in table.iterrows()]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
 
 # %% ../../nbs/72_evaluation.sweep.ipynb #681eec79
@@ -102,7 +102,7 @@ def setting_names(
     short = {k: k.rpartition('.')[2] if [j.rpartition('.')[2] for j in keys].count(k.rpartition('.')[2]) == 1 else k for k in keys}
     return ['\n'.join(f'{short[k]}={row[k]}' for k in keys) or 'all runs' for _, row in rows.iterrows()]
 
-# %% ../../nbs/72_evaluation.sweep.ipynb #0ff84402
+# %% ../../nbs/72_evaluation.sweep.ipynb #0071b9c3
 def plot_sweep(
     rows, # DataFrame from sweep_rows
 ): # matplotlib Figure
@@ -111,9 +111,12 @@ def plot_sweep(
     table, names = sweep_table(rows), setting_names(rows)
     order = setting_names(table)
     panels = [p for p in PANELS if p in rows and not rows[p].isna().all()]
-    wide = max(2.4, .55 * len(order) + 1)
-    fig, axs = plt.subplots(1, len(panels), figsize=(wide * len(panels), 3.2), layout='constrained', squeeze=False, dpi=80)
-    for ax, figure in zip(axs[0], panels):
+    wide = max(2.4, .4 * len(order) + 1)
+    columns = min(len(panels), max(1, int(15 // wide)))
+    rows_of = -(-len(panels) // columns)
+    fig, axs = plt.subplots(rows_of, columns, figsize=(wide * columns, 3.2 * rows_of), layout='constrained', squeeze=False, dpi=80)
+    for ax in axs.flat[len(panels):]: ax.axis('off')
+    for ax, figure in zip(axs.flat, panels):
         ax.scatter([order.index(n) for n in names], rows[figure], s=14, color='#9ecae1')
         mean, error = table[figure], np.nan_to_num(np.stack([table[figure] - table[f'{figure}_low'], table[f'{figure}_high'] - table[figure]]))
         ax.errorbar(range(len(order)), mean, error, fmt='o', ms=4, color='#08519c', capsize=3)
