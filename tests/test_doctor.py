@@ -113,6 +113,17 @@ def test_without_a_decoder_the_embedding_is_judged(episodes, tmp_path):
     assert diagnose(measure(world, store)).cause == 'collapsed embedding'
 
 
+def test_a_decoder_taken_away_and_nothing_in_its_place(episodes, tmp_path, capsys):
+    run, said = warned(lambda: train_world_model(config(episodes, tmp_path, decoder=DecoderConfig(kind='none'))))
+    assert len(said) == 1 and 'no signal' in said[0] and 'representation.kind' in said[0]
+    assert main(['doctor', f'run={run.path}', 'images=24']) == 0
+    assert 'no signal' in capsys.readouterr().out and (run.figures/'doctor.png').stat().st_size > 1000
+    m = read_json(run.path/'doctor.json')['run']['measurements']
+    assert m['information'] < 1
+    found = diagnose(m | dict(taught=1., embed_rank=40.))                                      # as if something pulled, but not apart; a rank sees nothing
+    assert found.cause == 'collapsed latent', str(found)
+
+
 def test_a_missing_figure_fires_no_rule():
     assert all(excess(rule, {}) == 0 for rule in RULES)
     assert all(excess(rule, {k: float('nan') for k, *_ in rule.needs}) == 0 for rule in RULES)

@@ -22,6 +22,7 @@ from dreamer_wb.core.runs import read_json, write_json
 from dreamer_wb.data.synthetic import render_many, sample_specs
 from dreamer_wb.dreamer.collapse import diagnose, measure
 from dreamer_wb.dreamer.distributions import sum_mse
+from dreamer_wb.dreamer.representation import ViewsLoss, two_views
 from dreamer_wb.dreamer.world_model import DreamerWorldModel, LatentEncoder, read_images
 
 OUT = Path(__file__).resolve().parent/'results'/'grey_doctor.json'
@@ -74,6 +75,14 @@ class BytesInput(DreamerWorldModel):
         self.encoder = BytesEncoder(self.encoder.net, self.dynamics)
 
 
+class Agree(ViewsLoss):        # two views shall agree, and nothing keeps images apart
+    def forward(self, batch, image, embed, feat, look):
+        a, b = look(two_views(image, self.cfg).flatten(0, 1)).chunk(2)
+        return (a - b).square().sum(-1)
+
+def only_agreement(world): world.representation.__class__ = Agree
+
+
 def layers(module): return [m for m in module.modules() if isinstance(m, (nn.Linear, nn.ConvTranspose2d))]
 
 def zero_decoder(world):
@@ -90,6 +99,7 @@ def freeze_transition(world):
 
 def kl(x): return [f'scales.dyn={x}', f'scales.rep={x}']
 def free(x): return [f'dynamics.free_nats={x}']
+def blind(kind, scale): return ['decoder.kind=none', f'representation.kind={kind}', f'scales.representation={scale}']
 def norm(x): return [f'encoder.norm={x}', f'decoder.norm={x}']
 
 PLANTS = { # name: (what the doctor should say, class, overrides, change after building, steps of an episode)
@@ -120,6 +130,12 @@ PLANTS = { # name: (what the doctor should say, class, overrides, change after b
     'BatchNorm, batch 1': ('BatchNorm at batch 1', DreamerWorldModel, norm('batch') + ['batch_size=1'], None, 1),
     'frozen transition, 4 steps': ('untrained transition', DreamerWorldModel, [], freeze_transition, 4),
     'free nats 100, 4 steps': ('free nats too high', DreamerWorldModel, free(100), None, 4),
+    **{f'healthy, {kind} without decoder': ('healthy', DreamerWorldModel, blind(kind, scale), None, 1) for kind, scale in (('r2', .3), ('infonce', 10), ('barlow', .3), ('simclr', 30))},
+    'no loss, no decoder': ('no signal', DreamerWorldModel, ['decoder.kind=none'], None, 1),
+    'r2 of scale 0, no decoder': ('no signal', DreamerWorldModel, blind('r2', 0), None, 1),
+    'only agreement, no decoder': ('collapsed latent', DreamerWorldModel, blind('simclr', 1), only_agreement, 1),
+    'only agreement, no KL, no decoder': ('collapsed latent', DreamerWorldModel, blind('simclr', 1) + kl(0), only_agreement, 1),
+    'KL weight 100, no decoder': ('KL scale too high', DreamerWorldModel, blind('r2', .3) + kl(100), None, 1),
     'targets of other images': ('unknown', OtherImages, [], None, 1),
     'encoder sees black': ('unknown', Blank, [], None, 1),
 }
@@ -134,9 +150,9 @@ BASE = ['dynamics.stoch=32', 'dynamics.deter=64', 'dynamics.hidden=64', 'dynamic
 
 SETS = { # name: (size, data, difficulty, seeds, updates, overrides)
     'selection': (32, 'birds', 'default', (0, 1, 2), 200, both('depth', 8) + both('mults', '[1,2,4]')),
-    'categorical, 48 px, hard': (48, 'birds', 'hard', (10,), 160, both('depth', 12) + both('mults', '[1,2]') + ['dynamics.latent=categorical', 'dynamics.stoch=16', 'dynamics.classes=16']),
-    'photographs, 40 px': (40, 'photographs', None, (20, 21), 160, both('depth', 8) + both('mults', '[1,2,3]') + ['dynamics.stoch=48', 'dynamics.hidden=96']),
-    '96 px, easy': (96, 'birds', 'easy', (30,), 120, both('depth', 8) + both('mults', '[1,2,4,4]') + ['batch_size=16', 'dynamics.stoch=24']),
+    'categorical, 48 px, hard': (48, 'birds', 'hard', (10, 11, 12), 160, both('depth', 12) + both('mults', '[1,2]') + ['dynamics.latent=categorical', 'dynamics.stoch=16', 'dynamics.classes=16']),
+    'photographs, 40 px': (40, 'photographs', None, (20, 21, 22), 160, both('depth', 8) + both('mults', '[1,2,3]') + ['dynamics.stoch=48', 'dynamics.hidden=96']),
+    '96 px, easy': (96, 'birds', 'easy', (30, 31, 32), 120, both('depth', 8) + both('mults', '[1,2,4,4]') + ['batch_size=16', 'dynamics.stoch=24']),
 }
 
 
