@@ -33,7 +33,7 @@ from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_epi
 from .bouncing_balls import bouncing_balls, color_patterns, film, show_sequences
 from .maze import maze_sequences
 
-# %% ../../nbs/42_vta.model.ipynb #f2d8c7d2
+# %% ../../nbs/42_vta.model.ipynb #915f8ef8
 @dataclass
 class VTAConfig:
     "The model; the defaults are those of the published code."
@@ -54,6 +54,10 @@ class VTAConfig:
     causal: bool = False # boundary convolution sees no later frames
     boundary_lag: int = at_least(0, 0) # and is shifted by this many frames; LOVE: causal, 1
     regularise: str = choice('prior', 'posterior', 'none') # which boundary logits seg_num and seg_len overwrite; posterior: both
+    look_ahead: bool = True # z's posterior sees its segment to the end; false (ours): its first frame and what was before
+    boundary_gradient: str = choice('straight_through', 'leave_one_out') # how boundaries learn; leave_one_out (ours): from two samples of them
+    credit: int = at_least(3, 0) # frames behind a decision whose cost counts for it, for leave_one_out
+    advantage: float = at_least(5.0, 0) # standard deviation in nats that these costs are scaled to, 0: as they are
 
 # %% ../../nbs/42_vta.model.ipynb #167c4ef8
 def random_bytes(
@@ -285,7 +289,7 @@ class Trace(NamedTuple):
     s: tuple           # posterior and prior Gaussian of s, (B,T,S)
     feat: Tensor       # (B,T,H) what the decoder reads
 
-# %% ../../nbs/42_vta.model.ipynb #9c4902d5
+# %% ../../nbs/42_vta.model.ipynb #a00575ed
 @patch
 def draw_noise(self: VTA,
     obs: Tensor, # (B,L,3,H,W) uint8, of `L = T + 2C` frames
@@ -294,11 +298,12 @@ def draw_noise(self: VTA,
     cfg, dev, (B, L) = self.cfg, obs.device, obs.shape[:2]
     T, C, S = cfg.seq_size, cfg.init_size, cfg.state_size
     if L != T + 2*C: raise UserError(f'sequences of {L} frames: seq_size={T} and init_size={C} need {T + 2*C}')
-    uniform = torch.rand(B, T + 2*C, 2, device=dev) * (1 - 2e-4) + 1e-4
+    n = B * (1 + (self.training and cfg.boundary_gradient == 'leave_one_out'))     # samples of all that is drawn
+    uniform = torch.rand(n, T + 2*C, 2, device=dev) * (1 - 2e-4) + 1e-4
     return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None,
-                z=torch.randn(B, T, S, device=dev), s=torch.randn(B, T, S, device=dev))
+                z=torch.randn(n, T, S, device=dev), s=torch.randn(n, T, S, device=dev))
 
-# %% ../../nbs/42_vta.model.ipynb #d9930957
+# %% ../../nbs/42_vta.model.ipynb #8c34589d
 @patch
 def sample_boundary(self: VTA,
     logits: Tensor,  # (B,L,2) posterior logits
@@ -311,6 +316,7 @@ def sample_boundary(self: VTA,
     log_sample = gumbel_logits(logits, self.beta, noise)
     read = logits.new_tensor([1., 0.]).expand(len(logits), 1, 2)
     mask = straight_through(log_sample[:, C + 1:C + T])
+    if cfg.boundary_gradient == 'leave_one_out': mask = mask.detach()
     return logits, log_sample, torch.cat([read.expand(-1, C + 1, -1), mask, read.expand(-1, C, -1)], 1)
 
 # %% ../../nbs/42_vta.model.ipynb #db0b4f83
@@ -329,7 +335,7 @@ def constrain_posterior(self: VTA,
         reads.append((log_sample[:, 0] >= log_sample[:, 1]).float())
     return torch.stack(out, 1)
 
-# %% ../../nbs/42_vta.model.ipynb #cf871d9a
+# %% ../../nbs/42_vta.model.ipynb #02166df4
 @patch
 def encode_segments(self: VTA,
     enc: Tensor,  # (B,L,H)
@@ -340,7 +346,8 @@ def encode_segments(self: VTA,
     x, copy = enc[:, :n].transpose(0, 1), mask[:, :n, 1].T[..., None]              # (n,B,H), (n,B,1)
     one = torch.ones_like(copy)
     after = torch.cat([copy[1:], one[:1]])                                         # the reset comes before frame t+1 is read
-    new = torch.stack([one, copy.flip(0), after], 1)                               # (L,3,B,1)
+    back = copy.flip(0) if self.cfg.look_ahead else 0*one
+    new = torch.stack([one, back, after], 1)                                       # (L,3,B,1)
     start = x.new_zeros(3, *x.shape[1:])
     y, _ = gru_scan([self.abs_post_fwd, self.abs_post_bwd, self.obs_post_fwd], [x, x.flip(0), x], start, new)
     return y[:, 0], y[:, 1].flip(0), y[:, 2]
@@ -383,7 +390,7 @@ def transition(self: VTA,
     feat = wide(self.obs_feat(torch.cat([h, s], -1)))
     return (post_z, self.prior_abs_state(belief)), (post_s, self.prior_obs_state(h)), feat
 
-# %% ../../nbs/42_vta.model.ipynb #0c674879
+# %% ../../nbs/42_vta.model.ipynb #bc333b0a
 def batch_first(
     dist: Gaussian, # (T,B,S)
 ) -> Gaussian: # (B,T,S)
@@ -399,26 +406,28 @@ def observe(self: VTA,
     cfg, (B, L) = self.cfg, x.shape[:2]
     C, T = cfg.init_size, cfg.seq_size
     enc = wide(self.enc_obs(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))).unflatten(0, (B, L))
-    logits, log_sample, mask = self.sample_boundary(wide(self.post_boundary(enc)), noise['boundary'])
+    n = len(noise['z'])                                                          # B, or 2B for two samples
+    enc, logits = (v.repeat(n // B, 1, 1) for v in (enc, wide(self.post_boundary(enc))))
+    logits, log_sample, mask = self.sample_boundary(logits, noise['boundary'])
     z, s, feat = self.transition(mask, *self.encode_segments(enc, mask), noise)
     prior = wide(self.prior_boundary(feat)).transpose(0, 1)                      # (B,T,2)
-    rec = wide(self.dec_obs(feat.transpose(0, 1).flatten(0, 1))).unflatten(0, (B, T))
+    rec = wide(self.dec_obs(feat.transpose(0, 1).flatten(0, 1))).unflatten(0, (n, T))
     z, s = ((batch_first(a), batch_first(b)) for a, b in (z, s))
     window = slice(C, C + T + 1)
     return Trace(rec, mask[:, C:C + T, 0], logits[:, window], prior, log_sample[:, window], z, s, feat.transpose(0, 1))
 
-# %% ../../nbs/42_vta.model.ipynb #4d04a4e8
+# %% ../../nbs/42_vta.model.ipynb #60dbc9fd
 @patch
 def losses(self: VTA,
-    trace: Trace,   # from observe
+    trace: Trace,   # from observe, of B sequences or of two samples of each
     target: Tensor, # (B,T,3,H,W) frames C to C+T-1 of what was observed
-) -> dict: # obs_cost, kl_abs, kl_obs, kl_mask, each (B,T), nats
+) -> dict: # obs_cost, kl_abs, kl_obs, kl_mask, each (B,T) or (2B,T), nats
     "The evidence bound, term by term."
     cfg = self.cfg
     prior = trace.prior_logit
     if self.training and cfg.regularise != 'none': prior = constrain(prior, trace.read, cfg.seg_num, cfg.seg_len)
     n, post = target[0, 0].numel(), trace.post_logit[:, 1:]                        # the boundaries that `prior` predicts
-    error = (trace.rec - target).square().flatten(2).sum(-1)
+    error = (trace.rec.unflatten(0, (-1, len(target))) - target).square().flatten(3).sum(-1).flatten(0, 1)
     return dict(obs_cost=.5*error/cfg.obs_std**2 + n*(math.log(cfg.obs_std) + .5*math.log(2*math.pi)),
                 kl_abs=trace.z[0].kl(trace.z[1]) * trace.read.detach(), kl_obs=trace.s[0].kl(trace.s[1]),
                 kl_mask=self.boundary_kl(post, prior, trace.log_sample[:, 1:]))
@@ -432,19 +441,38 @@ def mse(self: VTA,
     n = 3 * self.cfg.size**2
     return (obs_cost.mean() - n*(math.log(self.cfg.obs_std) + .5*math.log(2*math.pi))) * 2*self.cfg.obs_std**2 / n
 
-# %% ../../nbs/42_vta.model.ipynb #c9c58430
+# %% ../../nbs/42_vta.model.ipynb #b7dcd12f
 @patch
 def boundary_kl(self: VTA,
     post: Tensor,       # (B,T,2) logits
     prior: Tensor,      # (B,T,2) logits
     log_sample: Tensor, # (B,T,2)
 ) -> Tensor: # (B,T)
-    "One-sample estimate with the Concrete density; in evaluation the exact KL of the two decisions."
-    if self.training: return concrete_log_density(post, log_sample, self.beta) - concrete_log_density(prior, log_sample, self.beta)
+    "One-sample estimate with the Concrete density; exact KL of the two decisions in evaluation and for leave_one_out."
+    if self.training and self.cfg.boundary_gradient == 'straight_through': return concrete_log_density(post, log_sample, self.beta) - concrete_log_density(prior, log_sample, self.beta)
     q, p = post.log_softmax(-1), prior.log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
 
-# %% ../../nbs/42_vta.model.ipynb #58764a7d
+# %% ../../nbs/42_vta.model.ipynb #dc7557c2
+@patch
+def leave_one_out(self: VTA,
+    losses: dict, # {name: (2B,T)} of two samples of the boundaries of B sequences
+    trace: Trace, # which they come from
+) -> dict: # {name: (B,T)}, means of the two; `kl_mask` carries the gradient of the decisions
+    "Score function of the decisions with the other sample as baseline; adds a gradient and no value."
+    cost = sum(self.scales[k] * v.detach() for k, v in losses.items())
+    a, b = cost.chunk(2)
+    later = self.cfg.credit
+    earlier = later if self.cfg.look_ahead else 0
+    more = F.pad(a - b, (earlier, later)).unfold(1, earlier + 1 + later, 1).sum(-1)                  # (B,T)
+    if self.cfg.advantage: more = more * (self.cfg.advantage / more.square().mean().sqrt().clamp(min=1e-6))
+    q = trace.post_logit[:, :-1].log_softmax(-1)
+    log_q = torch.where(trace.read > .5, q[..., 0], q[..., 1])                                       # (2B,T)
+    score = torch.cat([more, -more]) * log_q * (torch.arange(q.shape[1], device=q.device) > 0)       # the first is forced
+    losses = dict(losses, kl_mask=losses['kl_mask'] + score - score.detach())
+    return {k: torch.stack(v.chunk(2)).mean(0) for k, v in losses.items()}
+
+# %% ../../nbs/42_vta.model.ipynb #5b980079
 @patch
 def forward(self: VTA,
     batch: dict, # `obs` (B,L,3,H,W) uint8
@@ -455,6 +483,7 @@ def forward(self: VTA,
     x = read_frames(batch['obs'], self.cfg.obs_bit, noise['obs'])
     trace = self.observe(x, noise)
     losses = self.losses(trace, x[:, C:C + T])
+    if len(trace.read) > len(x): losses = self.leave_one_out(losses, trace)
     with torch.no_grad():
         metrics = dict(mse=self.mse(losses['obs_cost']), read=trace.read[:, 1:].mean(),
                        q_read=trace.post_logit[:, 1:].softmax(-1)[..., 0].mean(), p_read=trace.prior_logit.softmax(-1)[..., 0].mean())
