@@ -384,7 +384,22 @@ def _groups(
     if not group: return []
     return [group, 'model'] if issubclass(schema, WorldModelConfig) else [group]
 
-# %% ../../nbs/00_core.config.ipynb #e1c471b9
+# %% ../../nbs/00_core.config.ipynb #1c4df0e9
+def _as_it_stands(
+    text:str, # `key=value`
+) -> str: # the same, its value in quotes if it is the path of something whose name has `=` or `,` in it
+    "Paths of runs of a sweep need no quotes from the user."
+    key, _, value = text.partition('=')
+    plain = not set(value) & set(',=') or value[:1] in ('"', "'") or not Path(value).exists()
+    return text if plain else f"{key}='{value}'"
+
+def _values(
+    value:str, # right of the `=`
+) -> List[str]: # one, or several of a sweep
+    "The values that a string names."
+    return [value[1:-1]] if value[:1] in ('"', "'") else value.split(',')
+
+# %% ../../nbs/00_core.config.ipynb #f12961ae
 def expand(
     schema:type, # dataclass of the command
     overrides:List[str], # `key=value` strings
@@ -395,7 +410,7 @@ def expand(
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     out = []
-    for text in overrides:
+    for text in map(_as_it_stands, overrides):
         try: over = OverridesParser.create().parse_override(text)
         except HydraException: over = None
         if not over or text[:1] in '~+': raise UserError(f"`{text}`: expected key=value (quote lists for the shell: 'encoder.mults=[1,2,4]')")
@@ -403,26 +418,26 @@ def expand(
         key, value = over.key_or_group, text.partition('=')[2]
         if key.startswith('hydra'): out.append(text)
         elif key == 'model' and key in _groups(schema, group):
-            for name in value.split(','):
+            for name in _values(value):
                 if name not in presets(key): raise UserError(f'no size `{name}`{_nearest(name, presets(key))} (there are {", ".join(presets(key))})')
             out.append(text)
         elif key == group and (CONFIGS/group).is_dir():
-            for name in value.split(','):
+            for name in _values(value):
                 if not name.endswith(('.yaml', '.yml', '.json')) and name not in presets(group):
                     raise UserError(f'no preset `{name}`{_nearest(name, presets(group))} (there are {", ".join(presets(group))}; or give a YAML or JSON file)')
-            names = [_store_file(schema, n, group) if n.endswith(('.yaml', '.yml', '.json')) else n for n in value.split(',')]
+            names = [_store_file(schema, n, group) if n.endswith(('.yaml', '.yml', '.json')) else n for n in _values(value)]
             out.append(f'{group}={",".join(names)}')
         else: out += [f'{name}={value}' for name in _check_key(schema, key, 'on the command line')]
     return out
 
-# %% ../../nbs/00_core.config.ipynb #e86cce08
+# %% ../../nbs/00_core.config.ipynb #e914c6f2
 def unknown_keys(
     schema:type, # dataclass of a command
     overrides:List[str], # `key=value` strings
     group:str='experiment', # config group of the presets
 ) -> List[str]: # keys that `schema` does not have
     "What a schema cannot read of the presets and files that are named in `overrides`."
-    keys, todo = [], [name for text in overrides if text.startswith(f'{group}=') for name in text.partition('=')[2].split(',')]
+    keys, todo = [], [name for text in overrides if text.startswith(f'{group}=') for name in _values(_as_it_stands(text).partition('=')[2])]
     while todo:
         name = todo.pop()
         path = Path(name) if name.endswith(('.yaml', '.yml', '.json')) else CONFIGS/group/f'{name}.yaml'
