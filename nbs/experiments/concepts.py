@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dreamer_wb.classifier.latents import Features, balanced_draw
+from dreamer_wb.classifier.latents import balanced_draw
 from dreamer_wb.classifier.metrics import group_counts
+from dreamer_wb.classifier.models import small_cnn
 from dreamer_wb.concepts.counterfactuals import (Judges, edit_report, edited, encode_rows, plot_examples, retrain, robustness, train_judges, training_rows)
 from dreamer_wb.concepts.env import draw_scenes, read_scenes
 from dreamer_wb.concepts.shifter import BackgroundEdit, LatentEdit, WorldEdit, edit_strip, plot_strips
 from dreamer_wb.concepts.world import ConceptBatches, ConceptTrainConfig, ConditionalAutoencoder, start_world, train_concepts
 from dreamer_wb.core.config import compose
 from dreamer_wb.core.learner import fit, set_seed
-from dreamer_wb.core.runs import read_json, write_json
-from dreamer_wb.classifier.models import small_cnn
+from dreamer_wb.core.runs import Run, atomic_write, read_json, write_json
 from dreamer_wb.data.episodes import EpisodeStore
 from dreamer_wb.data.synthetic import Spec, read_specs, twin
 from dreamer_wb.dreamer.world_model import DreamerWorldModel
@@ -43,7 +43,7 @@ WAYS = { # name: (rows to train on, edit, method, group labels that are used)
     'plain copies': ('copies', None, 'erm', 'none'),
     'random direction': ('factual + edits', 'random direction', 'erm', 'none'),
     'mean shift': ('factual + edits', 'mean shift', 'erm', 'none'),
-    'group-balanced': ('as is', None, 'group_balanced', 'train'),
+    'group-balanced': ('as is', None, 'group_balanced', 'train, val'),
     'GroupDRO': ('as is', None, 'group_dro', 'train, val'),
     'DFR': ('as is', None, 'dfr', 'val'),
 }
@@ -53,7 +53,7 @@ class Seed:
     "All that one run of stage A leads to; parts are made when they are asked for."
     def __init__(self, run, args):
         self.run, self.args, self.cache = Path(run), args, Path(args.cache)
-        self.seed = read_json_config(self.run)['seed']
+        self.seed = Run.open(run).config['seed']
         self.stores = {s: EpisodeStore(self.run/'episodes'/s) for s in ('train', 'val', 'test')}
         self.cfg = compose(ConceptTrainConfig, ['experiment=waterbirds_concept_cpu', f'start={run}', f'data_dir={run}/episodes', f'runs_dir={args.cache}', f'name=seed{self.seed}',
                                                 f'seed={self.seed}', 'loop.progress=false', *([f'loop.steps={args.steps}'] if args.steps else [])])
@@ -73,7 +73,7 @@ class Seed:
         else:
             set_seed(self.seed)
             fit(net, ConceptBatches(self.scenes('train', share=self.cfg.masks, seed=self.seed), self.cfg.batch_size, self.cfg.batch_length, seed=self.seed), self.cfg.loop)
-            torch.save(net.state_dict(), path)
+            with atomic_write(path) as f: torch.save(net.state_dict(), f)
         return net.eval()
 
     def held_out(self, n):
@@ -81,10 +81,9 @@ class Seed:
         scenes = self.scenes('test')
         index = balanced_draw(self.stores['test'].group, np.random.default_rng([self.seed, 1]), n // 4)
         specs, look, size = read_specs(self.run/'episodes'/'raw')
-        spec_of = {s.bird_seed: s for s in specs}
         number = [int(self.stores['test'].ids[i].rpartition('_')[2]) - 1 for i in index]      # the images are numbered in the order of the specs
         chosen = [specs[k] for k in number]
-        assert [s.label for s in chosen] == scenes.label[index].tolist() and [s.place for s in chosen] == scenes.place[index].tolist() and len(spec_of) == len(specs)
+        assert [s.label for s in chosen] == scenes.label[index].tolist() and [s.place for s in chosen] == scenes.place[index].tolist()
         return scenes[torch.from_numpy(index)], draw_scenes([twin(s) for s in chosen], size, difficulty=look).obs
 
     def edit(self, name):
@@ -106,11 +105,6 @@ class Seed:
         return self._rows
 
 
-def read_json_config(run):
-    import yaml
-    return yaml.safe_load((Path(run)/'config.yaml').read_text())
-
-
 def judges_for(args):
     "The judges, trained once on pictures of another seed and kept."
     path = Path(args.cache)/'judges.pt'
@@ -125,7 +119,7 @@ def judges_for(args):
     rest = scenes[torch.arange(args.judge_images, len(specs))]
     water, bird = judges(rest.obs)
     right = dict(place=float(((water > .5) == rest.place).float().mean()), bird=float(((bird > .5) == rest.label).float().mean()))
-    torch.save(dict(place=judges.place.state_dict(), bird=judges.bird.state_dict(), right=right), path)
+    with atomic_write(path) as f: torch.save(dict(place=judges.place.state_dict(), bird=judges.bird.state_dict(), right=right), f)
     return judges, right
 
 

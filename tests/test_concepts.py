@@ -1,0 +1,93 @@
+"Concept editing from the outside: the commands, the environment by its name, an interrupted training, and what real data lack."
+import numpy as np
+import pytest
+import torch
+
+from dreamer_wb.cli import COMMANDS, kind_of, main
+from dreamer_wb.concepts.env import Scenes, WaterbirdsConceptEnv, concept_episodes, draw_scenes, read_scenes, register_concepts
+from dreamer_wb.concepts.shifter import BackgroundEdit, ConceptShifter, WorldEdit, clear_bird, move_background
+from dreamer_wb.core.runs import UserError
+from dreamer_wb.data.episodes import EpisodeStore
+from dreamer_wb.data.synthetic import sample_specs
+from dreamer_wb.dreamer.world_model import DreamerWorldModel
+
+SMALL = ['size=32', 'encoder={depth: 8, mults: [1, 2, 4]}', 'decoder={depth: 8, mults: [1, 2, 4]}', 'dynamics={stoch: 16, deter: 64, hidden: 64}', 'loop.progress=false', 'loop.tensorboard=false']
+
+
+@pytest.fixture(scope='module')
+def scenes(): return draw_scenes(sample_specs((40, 16, 16), seed=2)['train'], 32)
+
+
+def test_the_commands_of_stage_c(tmp_path, monkeypatch, capsys):
+    "Stills, stage A, edits: each of the three commands as it is typed."
+    monkeypatch.chdir(tmp_path)
+    assert kind_of(COMMANDS['prepare'], ['stills=a', 'out_dir=b']).schema.endswith('ConceptEpisodesConfig')
+    assert kind_of(COMMANDS['train'], ['experiment=waterbirds_concept', 'start=a']).schema.endswith('ConceptTrainConfig')
+    def run(*args): assert not main(list(args)), args
+    run('prepare', 'source=synthetic', 'n=100', 'size=32', 'out_dir=stills', 'workers=1')
+    run('train', 'experiment=demo', 'data_dir=stills', 'name=a', 'loop.steps=2', 'doctor=false', *SMALL)
+    run('prepare', 'stills=stills', 'out_dir=concepts', 'steps=4')
+    more = ['experiment=waterbirds_concept_cpu', 'start=runs/demo/a', 'batch_size=4', 'loop.steps=2', 'loop.eval_every=2', *SMALL[4:]]
+    run('train', 'data_dir=stills', 'name=spot', *more)
+    run('train', 'data_dir=concepts', 'name=disk', *more)
+    world = DreamerWorldModel.load_from_checkpoint('runs/waterbirds_concept_cpu/spot/checkpoints/world_model.ckpt').eval()
+    z0 = world.encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[0]                # the users' three lines
+    a_seq = torch.linspace(0, 1, 5)[:, None]
+    zs = world.rollout(z0, actions=a_seq)
+    assert world.decoder(zs).shape == (2, 5, 3, 32, 32)
+    assert EpisodeStore('concepts/train').lengths.max() == 4
+
+
+def test_the_environment_is_what_the_world_model_learns_from(scenes):
+    "Steps of the environment and rows of a batch are the same edits."
+    d = BackgroundEdit(scenes.donors())
+    env = WaterbirdsConceptEnv(scenes, d, time_limit=5)
+    first, info = env.reset(seed=3)
+    env.draw, alphas = 11, torch.tensor([[0., 1., .25, .5]])
+    steps = np.stack([first] + [env.step([a])[0] for a in alphas[0].tolist()])
+    want = concept_episodes(scenes[[info['index']]], d, alphas, seed=11)['obs'][0].permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(steps, want)
+
+
+def test_the_environment_by_its_name():
+    import gymnasium
+    register_concepts()
+    register_concepts()                                                                # twice does no harm
+    env = gymnasium.make('dreamer_wb/WaterbirdsConcept-v0', meaning='shift', time_limit=3)
+    factual, _ = env.reset(seed=0)
+    assert np.array_equal(env.step(np.zeros(1, np.float32))[0], factual)               # shift 0: nothing happens
+    assert env.step(np.ones(1, np.float32))[3]
+
+
+def test_images_without_masks(scenes):
+    "Real photographs may have no masks: what then works, and what is said."
+    bare = Scenes(scenes.obs, torch.zeros_like(scenes.mask), scenes.label, scenes.place)
+    with pytest.raises(UserError, match='no image has a mask'): bare.donors()
+    with pytest.raises(UserError, match='needs the mask'): ConceptShifter(1. * BackgroundEdit(scenes.donors()))(bare.obs)
+    assert not len(bare.masked())
+
+
+@pytest.mark.parametrize('side', ['all', 'rows', 'corner', 'none'])
+def test_holes_of_any_shape(side):
+    "A hole is filled from what is left; what is not hole stays."
+    obs = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    mask = torch.zeros(2, 24, 24, dtype=torch.bool)
+    if side == 'all': mask[:] = True
+    if side == 'rows': mask[:, 5:12] = True
+    if side == 'corner': mask[:, :9, :9] = True
+    out = clear_bird(obs, mask, grow=0)
+    assert out.shape == obs.shape and out.dtype == torch.uint8
+    assert torch.equal(out.permute(0, 2, 3, 1)[~mask], obs.permute(0, 2, 3, 1)[~mask])
+    if side == 'rows': assert torch.equal(out[:, :, 7], obs[:, :, 4])
+
+
+def test_a_blend_is_between_its_ends(scenes):
+    from hypothesis import given, settings, strategies as st
+    a, b = scenes.obs[:3], scenes.obs[3:6]
+    @settings(max_examples=15, deadline=None)
+    @given(st.floats(0, 1), st.integers(0, 3))
+    def check(alpha, edge):
+        x = move_background(scenes.obs[6:9], scenes.mask[6:9], a, b, torch.full((3,), alpha), edge).float()
+        low, high = (f(f(a.float(), b.float()), scenes.obs[6:9].float()) for f in (torch.minimum, torch.maximum))
+        assert (x >= low - .5).all() and (x <= high + .5).all()
+    check()
