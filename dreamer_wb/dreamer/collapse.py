@@ -544,14 +544,14 @@ def doctor_callback(
             if self.train_iter in times: self.seen = _look(getattr(self.model, 'module', self.model), batch, self.train_iter, self.seen, run)
     return Doctor()
 
-# %% ../../nbs/26_dreamer.collapse.ipynb #795910de
+# %% ../../nbs/26_dreamer.collapse.ipynb #753b5a9c
 def _look(world, batch, step, seen, run):
     "Diagnose, warn if nothing was wrong before, and keep the record; whatever happens, training goes on."
     import warnings
     try: found = diagnose(measure(world, batch, thorough=False), slow=False)
     except Exception as e: return warnings.warn(f'step {step}: the doctor could not look ({type(e).__name__}: {e}); doctor=false does without', GreyWarning) or seen
     ill = found.cause not in ('healthy', 'unknown')                                    # early on, nobody is healthy yet
-    if ill and not any(past['ill'] for past in seen): warnings.warn(f'step {step}: {found}', GreyWarning, stacklevel=2)
+    if ill and not any(past['ill'] for past in seen): warnings.warn_explicit(f'step {step}: {found}', GreyWarning, 'doctor', step)   # no line of code beside it
     seen = [*seen, dict(step=step, ill=ill, cause=found.cause if ill else '', text=str(found) if ill else '', measurements=found.measurements)]
     if run: write_json(run.path / 'doctor.json', {**_records(run), 'training': seen})
     return seen
@@ -561,7 +561,7 @@ def _records(run):
     file = run and run.path / 'doctor.json'
     return read_json(file) if file and file.exists() else {}
 
-# %% ../../nbs/26_dreamer.collapse.ipynb #5e69e05b
+# %% ../../nbs/26_dreamer.collapse.ipynb #2891b82b
 @dataclass
 class DoctorConfig:
     "Everything that `dreamer-wb doctor` reads."
@@ -581,7 +581,7 @@ def doctor(
     repeat = run.config.get('repeat', 1)
     batch = sample_batch(store, cfg.images, 1 if repeat > 1 else run.config.get('batch_length', 1), repeat)
     found, past = diagnose(measure(world, batch)), _records(run).get('training', [])
-    found.notes += [f'at step {p["step"]} of the training: {p["text"]}' for p in past if p['ill']][:1]
+    found.notes += [f'at step {p["step"]} of the training: {p["text"].partition(" [")[0]}' for p in past if p['ill']][:1]
     write_json(run.path / 'doctor.json', {**_records(run), 'run': found})
     run.save_figure(plot_diagnosis(world, batch, found), 'doctor')
     return found
