@@ -1,55 +1,97 @@
 """The original VTA on data with known segments: which switches make its boundaries right, and do they stay right?
 
     python nbs/experiments/vta_original.py                          # everything that is not in the results yet
-    python nbs/experiments/vta_original.py --only big_ball/lag --seeds 0
+    python nbs/experiments/vta_original.py --only colors/ours --seeds 10
+    python nbs/experiments/vta_original.py --gradients              # straight-through beside the exact gradient, a CPU minute
 
-Every run is a `dreamer-wb train` in --runs; interrupted (also by SIGTERM), the same command goes on where it was. The curves and the evaluations go to
-results/vta_original.json after each run.
+Every run is a `dreamer-wb train` in --runs; interrupted (also by SIGTERM), the same command goes on where it was. The curves, the evaluations and the
+boundaries of some sequences go to results/vta_original.json after each run.
 """
 import argparse
 from pathlib import Path
 
+import torch
+
 from dreamer_wb.core.config import compose
+from dreamer_wb.core.learner import fit, set_seed
 from dreamer_wb.core.runs import Run, read_json, read_metrics, write_json
-from dreamer_wb.vta.model import VTATrainConfig, train_vta
+from dreamer_wb.vta.model import VTA, VTATrainConfig, read_frames, train_vta, vta_batches, window_episodes
 
 HERE = Path(__file__).parent
 RESULTS = HERE/'results'/'vta_original.json'
-QUIET = ['loop.progress=false', 'loop.tensorboard=false', 'loop.checkpoint_seconds=20']
-BALL = ['experiment=bouncing_balls_cpu', 'eval_size=192']
-COLORS = ['experiment=colors', 'eval_size=128']
-LAG = ['obs_post_lag=1', 'causal=true', 'belief_size=16', 'loop.steps=4000', 'loop.eval_every=250', 'loop.lr=2e-3']
-RUNS = {'big_ball/lag': [*BALL, *LAG], 'colors/lag': [*COLORS, *LAG], 'colors/published': COLORS, 'big_ball/published': BALL}
+QUIET = ['loop.progress=false', 'loop.tensorboard=false', 'loop.checkpoint_seconds=60', 'doctor=false']
+STRAIGHT = ['look_ahead=true', 'boundary_gradient=straight_through', 'beta_anneal=1']
+PUBLISHED = [*STRAIGHT, 'obs_post_lag=0', 'causal=false', 'boundary_lag=0', 'num_layers=3']
+COLORS, BALL = ['experiment=colors', 'eval_size=192'], ['experiment=bouncing_balls_cpu', 'eval_size=192']
+TWO = [*BALL, 'balls.balls=2', 'balls.radius=3', 'balls.speed=1.5', 'balls.noise=0.1', 'belief_size=64', 'state_size=16', 'seg_num=5', 'seg_len=6', 'loop.eval_every=250']
+RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': [*TWO, 'loop.steps=2000'], 'colors/published': [*COLORS, *PUBLISHED, 'loop.steps=600'],
+        'colors/lags': [*COLORS, *STRAIGHT, 'loop.steps=600'], 'big_ball/published': [*BALL, *PUBLISHED, 'loop.steps=600']}
 COLUMNS = ('step', 'cpu_seconds', 'rate', 'precision', 'recall', 'f1', 'f1_tol1', 'auc', 'auc_prior', 'f1_random', 'f1_clock', 'f1_frame_difference',
            'mse', 'kl_abs', 'kl_obs', 'kl_mask')
 
 
-def collect(run):
-    "Curve of the evaluations and the final tables of a finished or unfinished run."
+def collect(run, cfg):
+    "Curve of the evaluations, the final tables and some sequences of a finished or unfinished run."
     rows = read_metrics(run.metrics).dropna(subset=['f1'])
     out = dict(done=run.done('train'), curve={k: rows[k].tolist() for k in COLUMNS})
     if (run.path/'boundary_eval.json').exists(): out['truth'] = read_json(run.path/'boundary_eval.json')['truth']
+    if out['done']:
+        first = {k: v[:6] for k, v in vta_batches(cfg)[1][0].items()}
+        windows = window_episodes(VTA.load_from_checkpoint(run.checkpoints/'vta.ckpt'), [first])
+        out['examples'] = {k: windows[k].tolist() for k in ('read', 'true')}
     return out
+
+
+def gradients(seed, updates=100, n=64):
+    "What READ saves at every frame of `n` sequences, and what straight-through believes."
+    cfg = compose(VTATrainConfig, [*RUNS['colors/lags'], *QUIET, f'seed={seed}', f'loop.steps={updates}', 'loop.eval_every=0'])
+    set_seed(seed)
+    model, logits = VTA(cfg), []
+    batches, valid = vta_batches(cfg)
+    fit(model, batches, cfg.loop)
+    model.train()
+    model.post_boundary.register_forward_hook(lambda module, args, out: logits.append(out))
+    C, T, obs, true = cfg.init_size, cfg.seq_size, valid[0]['obs'][:n], valid[0]['read'][:n, cfg.init_size:cfg.init_size + cfg.seq_size]
+    noise = model.draw_noise(obs)
+    x = read_frames(obs, cfg.obs_bit, noise['obs'])
+    def cost(noise):
+        losses = model.losses(model.observe(x, noise), x[:, C:C + T])
+        return sum(losses[k].sum(1) for k in ('obs_cost', 'kl_abs', 'kl_obs'))                  # (n,)
+    total = cost(noise).sum()
+    slope, = torch.autograd.grad(total, logits[0])                                              # (n,L,2)
+    slope, saved = (slope[..., 0] - slope[..., 1])[:, C:C + T], torch.zeros(n, T)
+    with torch.no_grad():
+        for t in range(1, T):
+            both = []
+            for read in (1, 0):                                                                  # the other decisions keep their noise
+                u = noise['boundary'].clone()
+                u[:, C + t] = torch.tensor([1 - 1e-6, 1e-6] if read else [1e-6, 1 - 1e-6])
+                both.append(cost(dict(noise, boundary=u)))
+            saved[:, t] = both[1] - both[0]
+    change = (obs[:, C:C + T] != obs[:, C - 1:C + T - 1]).flatten(2).any(-1)
+    kinds = dict(change=true & change, same=true & ~change, inside=~true)
+    return {k: dict(saved=saved[:, 1:][m[:, 1:]].tolist(), slope=slope[:, 1:][m[:, 1:]].tolist()) for k, m in kinds.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='*', default=list(RUNS), choices=list(RUNS), help='which runs')
-    parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
+    parser.add_argument('--seeds', nargs='*', type=int, default=[10, 11, 12], help='not those that the settings were found with: these were 0, 1, 2')
     parser.add_argument('--runs', default='runs/vta_original', help='folder of the runs')
     parser.add_argument('--collect', action='store_true', help='only gather what is there, finished or not')
+    parser.add_argument('--gradients', action='store_true', help='only compare gradients')
     args = parser.parse_args()
+    def keep(key, value): write_json(RESULTS, dict(read_json(RESULTS) if RESULTS.exists() else {}, **{key: value}))
+    if args.gradients: return keep('gradients', {str(seed): gradients(seed) for seed in args.seeds})
     for seed in args.seeds:
         for name in args.only:
-            results, key = read_json(RESULTS) if RESULTS.exists() else {}, f'{name}/{seed}'
-            if results.get(key, {}).get('done'): continue
+            if not args.collect and RESULTS.exists() and read_json(RESULTS).get(f'{name}/{seed}', {}).get('done'): continue
             cfg = compose(VTATrainConfig, [*RUNS[name], *QUIET, f'seed={seed}', f'runs_dir={args.runs}'])
             cfg.experiment, cfg.name = name.replace('/', '_'), f'seed{seed}'
             folder = Path(args.runs)/cfg.experiment/cfg.name
             if args.collect and not (folder/'metrics.csv').exists(): continue
             run = Run.open(folder) if args.collect else train_vta(cfg)
-            results = read_json(RESULTS) if RESULTS.exists() else {}
-            write_json(RESULTS, dict(results, **{key: collect(run)}))
+            keep(f'{name}/{seed}', collect(run, cfg))
 
 
 if __name__ == '__main__': main()
