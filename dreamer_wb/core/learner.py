@@ -599,14 +599,15 @@ class Bar(Callback):
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-# %% ../../nbs/02_core.learner.ipynb #98f3aabd
+# %% ../../nbs/02_core.learner.ipynb #4db1c2a3
 @patch
 def tell(self: Bar,
          row: dict # of the record
         ):
-    "Show the total, the losses it is made of, and the last evaluation."
-    names = ['loss', *self.loss_func.scales] if len(self.loss_func.scales) > 1 else ['loss']
-    self.bar.set_postfix_str(' '.join(f'{k} {row[k]:.3g}' for k in [*names, 'valid_loss'] if k in row))
+    "Show the total, the losses it is made of or what the model names in `shown`, and the last evaluation."
+    wanted = getattr(self.model, 'shown', None) or (self.loss_func.scales if len(self.loss_func.scales) > 1 else ())
+    self.known = getattr(self, 'known', {}) | row
+    self.bar.set_postfix_str(' '.join(f'{k} {self.known[k]:.3g}' for k in ['loss', *wanted, 'valid_loss'] if k in self.known))
 
 # %% ../../nbs/02_core.learner.ipynb #d755d80b
 class StopOnNan(Callback):

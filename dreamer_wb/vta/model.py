@@ -214,10 +214,11 @@ class LatentLayer(nn.Module):
         x = torch.cat(xs, -1)
         return Gaussian(wide(self.mean(x)), wide(self.std(x)).sigmoid().clamp(min=1e-6))
 
-# %% ../../nbs/42_vta.model.ipynb #77d3d6a3
+# %% ../../nbs/42_vta.model.ipynb #6803afd9
 class VTA(nn.Module):
     "Hierarchical state-space model with learned boundaries."
     scales = dict(obs_cost=1., kl_abs=1., kl_obs=1., kl_mask=1.)
+    shown = 'mse', 'rate', 'precision', 'recall', 'f1', 'f1_random', 'auc'           # in the progress bar
     def __init__(self,
         cfg: VTAConfig|None = None, # sizes and switches; None: the published ones
     ):
