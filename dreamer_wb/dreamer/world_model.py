@@ -139,7 +139,7 @@ class DreamerWorldModel(nn.Module):
         self.scales = {k: getattr(cfg.scales, k) for k in (*['image'] * draw, 'dyn', 'rep', *self.heads, *extra)} | getattr(self.dynamics, 'scales', {})
         self.ratios = {'image_to_kl': (['image'], ['dyn', 'rep'])}    # recorded, each loss times its scale
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #6eb62ee6
+# %% ../../nbs/25_dreamer.world_model.ipynb #8dbd354e
 @patch
 def forward(self: DreamerWorldModel,
     batch: dict, # `obs` (B,T,3,H,W) uint8, `act` (B,T,A), `first` (B,T) bool; for the heads `rew`, `done` (B,T)
@@ -147,6 +147,7 @@ def forward(self: DreamerWorldModel,
     "All losses of a batch of sequences."
     return self.examine(batch)[:2]
 
+# %% ../../nbs/25_dreamer.world_model.ipynb #944656ca
 @patch
 def examine(self: DreamerWorldModel,
     batch: dict, # as for `forward`
@@ -172,6 +173,7 @@ def examine(self: DreamerWorldModel,
         if 'image' in losses: metrics['psnr'] = -10 * (sum_mse(self.decoder.image(net_out), image).mean() / image[0, 0].numel()).log10()
     return {k: losses[k] for k in self.scales}, metrics, trace.post
 
+# %% ../../nbs/25_dreamer.world_model.ipynb #eb8b2e1a
 @patch
 def _look(self: DreamerWorldModel,
     image: Tensor, # (n*B, T, 3, H, W) float, n versions of every episode
