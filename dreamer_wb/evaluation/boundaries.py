@@ -87,7 +87,7 @@ def _facts(
     if 'frame difference' in rows: out[f'F1 of as many frames that change most, without learning{within}'] = number(rows['frame difference'][f'f1_{t}'])
     return out | {'AUC of P(READ) for true boundaries; 0.5 is chance': number(rows['model'].get('auc'))}
 
-# %% ../../nbs/78_evaluation.boundaries.ipynb #bd748e1f
+# %% ../../nbs/78_evaluation.boundaries.ipynb #31497090
 CAPTIONS = { # of the figures
     'boundary_grid': 'Frames in rows. Below each a bar: READ red, READ by force dark red, COPY blue; a green bar above marks a true boundary.',
     'boundary_internal': 'Inside the model. Red lines are its boundaries (dashed: forced), black ticks on top true ones; dotted lines are limits.',
@@ -95,6 +95,7 @@ CAPTIONS = { # of the figures
     'boundary_baselines': 'The model beside boundaries that need no learning, as many as it has.',
     'boundary_health': 'Decisions of up to 40 sequences, their mean, and how far each way of collapsing is from its thresholds.'}
 
+# %% ../../nbs/78_evaluation.boundaries.ipynb #63bfc484
 def boundary_page(
     run:Run, # whose boundaries
     cfg:BoundariesConfig, # what was asked

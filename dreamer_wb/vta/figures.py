@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'READ_COPY', 'BoundarySettings', 'boundary_settings', 'segment_counters', 'at_limit', 'choose_window',
-           'boundary_grid', 'boundary_internal', 'boundary_fired', 'limit_verdict', 'judge_boundaries',
+           'boundary_grid', 'boundary_internal', 'boundary_fired', 'boundary_film', 'limit_verdict', 'judge_boundaries',
            'boundary_figures', 'save_boundaries']
 
 # %% ../../nbs/44_vta.figures.ipynb #febee665
@@ -258,6 +258,48 @@ def boundary_fired(
     _headed(fig, e, part, settings)
     if len(at) > most: fig.text(1, 0, f'{len(at) - most} more', fontsize=8, ha='right', va='bottom')
     return fig
+
+# %% ../../nbs/44_vta.figures.ipynb #f6333022
+def _film_block(
+    w:dict, # windows, see boundary_film
+    i:int, # which sequence
+    t:int, # frame
+    zoom:int, # screen pixels of a pixel
+) -> np.ndarray: # (height, width, 3) uint8
+    "One sequence at one moment."
+    here = {'true': w.get('true'), 'READ': w['read']}
+    sides = [np.pad(x[i, t].repeat(zoom, 0).repeat(zoom, 1), ((4, 4), (4, 4), (0, 0)), constant_values=255) for x in (w['obs'], w['rec'])]
+    for side, (name, at) in zip(sides, here.items()):
+        colour = READ_COPY[name] if at is not None and at[i][t] else (205, 205, 205)
+        for edge in (side[:3], side[-3:], side[:, :3], side[:, -3:]): edge[:] = colour
+    pair = np.concatenate(sides, 1)
+    return np.pad(np.concatenate([pair, _time_line(w, i, t, pair.shape[1])]), ((3, 3), (6, 6), (0, 0)), constant_values=255)
+
+def _time_line(w, i, t, width):
+    "True boundaries above those of the model, and the present."
+    T = w['obs'].shape[1]
+    line, x = np.full((22, width, 3), 235, np.uint8), np.linspace(0, width, T + 1).astype(int)
+    for s in range(T):
+        if w.get('true') is not None and w['true'][i][s]: line[3:10, x[s]:x[s + 1] - 1] = READ_COPY['true']
+        if w['read'][i][s]: line[12:19, x[s]:x[s + 1] - 1] = READ_COPY['forced' if 'forced' in w and w['forced'][i][s] else 'READ']
+    for y in (slice(0, 2), slice(20, 22)): line[y, x[t]:x[t + 1] - 1] = 0
+    return line
+
+# %% ../../nbs/44_vta.figures.ipynb #6b98c765
+def boundary_film(
+    windows:dict, # obs and rec (N,T,H,W,3) uint8, read (N,T); maybe true and forced (N,T)
+    n:int=4, # sequences, side by side
+    fps:float=4., # frames per second
+    zoom:int=3, # screen pixels of a pixel
+) -> bytes: # an animated GIF
+    "Input beside reconstruction, with boundaries on a line of time."
+    import io
+    from PIL import Image
+    n, T = min(n, len(windows['obs'])), windows['obs'].shape[1]
+    frames = [Image.fromarray(np.concatenate([_film_block(windows, i, t, zoom) for i in range(n)], 1)) for t in range(T)]
+    f = io.BytesIO()
+    frames[0].save(f, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000/fps), loop=0, disposal=2)
+    return f.getvalue()
 
 # %% ../../nbs/44_vta.figures.ipynb #fa5fcea4
 def limit_verdict(

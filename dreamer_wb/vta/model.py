@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image'
            'make_sequences', 'Kept', 'Generated', 'vta_batches', 'window_episodes', 'boundary_scores', 'watch_callback',
            'save_film', 'train_vta']
 
-# %% ../../nbs/42_vta.model.ipynb #1de30864
+# %% ../../nbs/42_vta.model.ipynb #aeac428b
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from ..data.episodes import Batches, EpisodeStore, Sequential
 from ..dreamer.distributions import Gaussian
 from ..dreamer.world_model import pick_device
 from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_episodes
-from .bouncing_balls import bouncing_balls, color_patterns, film, show_sequences
+from .bouncing_balls import bouncing_balls, color_patterns, show_sequences
 from .maze import maze_sequences
 
 # %% ../../nbs/42_vta.model.ipynb #915f8ef8
@@ -716,18 +716,15 @@ def watch_callback(
             if is_main(): save_film(windows, run.videos/f'boundaries_{self.train_iter:06d}.gif')
     return Watch()
 
-# %% ../../nbs/42_vta.model.ipynb #69cb3770
+# %% ../../nbs/42_vta.model.ipynb #054f2a88
 def save_film(
     windows: dict, # from window_episodes
     path,          # of the .gif
     n: int = 4,    # sequences
 ):
-    "Input beside reconstruction; red frames are true boundaries on the left and inferred ones on the right."
-    rows, reads = [], []
-    for i in range(min(n, len(windows['obs']))):
-        rows += [windows['obs'][i], windows['rec'][i]]
-        reads += [windows['true'][i] if 'true' in windows else None, windows['read'][i]]
-    with atomic_write(path) as f: f.write(film(rows, reads, fps=4))
+    "Input beside reconstruction, and below them true boundaries (green) and inferred ones (red) on a line of time."
+    from dreamer_wb.vta.figures import boundary_film
+    with atomic_write(path) as f: f.write(boundary_film(windows, n))
 
 # %% ../../nbs/42_vta.model.ipynb #65d4a0f1
 @patch
