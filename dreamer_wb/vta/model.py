@@ -33,7 +33,7 @@ from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_epi
 from .bouncing_balls import bouncing_balls, color_patterns, show_sequences
 from .maze import maze_sequences
 
-# %% ../../nbs/42_vta.model.ipynb #915f8ef8
+# %% ../../nbs/42_vta.model.ipynb #b8ae2f46
 @dataclass
 class VTAConfig:
     "The model; the defaults are those of the published code."
@@ -57,6 +57,7 @@ class VTAConfig:
     look_ahead: bool = True # z's posterior sees its segment to the end; false (ours): its first frame and what was before
     boundary_gradient: str = choice('straight_through', 'leave_one_out') # how boundaries learn; leave_one_out (ours): from two samples of them
     credit: int = at_least(3, 0) # frames behind a decision whose cost counts for it, for leave_one_out
+    logit_bound: float = at_least(0.0, 0) # the posterior's logits stay softly within +- this (ours), 0: no bound
     advantage: float = at_least(5.0, 0) # standard deviation in nats that these costs are scaled to, 0: as they are
 
 # %% ../../nbs/42_vta.model.ipynb #167c4ef8
@@ -304,6 +305,15 @@ def draw_noise(self: VTA,
     return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None,
                 z=torch.randn(n, T, S, device=dev), s=torch.randn(n, T, S, device=dev))
 
+# %% ../../nbs/42_vta.model.ipynb #fcf4b349
+@patch
+def boundary_logits(self: VTA,
+    enc: Tensor, # (B,L,H)
+) -> Tensor: # (B,L,2) of the posterior
+    "READ and COPY; with `logit_bound` neither is ever certain, so both go on being tried."
+    logits, b = wide(self.post_boundary(enc)), self.cfg.logit_bound
+    return b * (logits / b).tanh() if b else logits
+
 # %% ../../nbs/42_vta.model.ipynb #8c34589d
 @patch
 def sample_boundary(self: VTA,
@@ -391,7 +401,7 @@ def transition(self: VTA,
     feat = wide(self.obs_feat(torch.cat([h, s], -1)))
     return (post_z, self.prior_abs_state(belief)), (post_s, self.prior_obs_state(h)), feat
 
-# %% ../../nbs/42_vta.model.ipynb #bc333b0a
+# %% ../../nbs/42_vta.model.ipynb #45a4f0ec
 def batch_first(
     dist: Gaussian, # (T,B,S)
 ) -> Gaussian: # (B,T,S)
@@ -408,7 +418,7 @@ def observe(self: VTA,
     C, T = cfg.init_size, cfg.seq_size
     enc = wide(self.enc_obs(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))).unflatten(0, (B, L))
     n = len(noise['z'])                                                          # B, or 2B for two samples
-    enc, logits = (v.repeat(n // B, 1, 1) for v in (enc, wide(self.post_boundary(enc))))
+    enc, logits = (v.repeat(n // B, 1, 1) for v in (enc, self.boundary_logits(enc)))
     logits, log_sample, mask = self.sample_boundary(logits, noise['boundary'])
     z, s, feat = self.transition(mask, *self.encode_segments(enc, mask), noise)
     prior = wide(self.prior_boundary(feat)).transpose(0, 1)                      # (B,T,2)
