@@ -108,7 +108,7 @@ def region_ssim(
     s = ((2 * mx * my + 1e-4) * (2 * cov + 9e-4)) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
     return s.mean(1)[region].mean().item()
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #672ae9b7
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #51a7185f
 def frechet(
     x: np.ndarray, # (N, F) features of images
     y: np.ndarray, # (M, F) features of other images
@@ -118,7 +118,7 @@ def frechet(
     w, v = np.linalg.eigh(cx)
     root = (v * np.sqrt(w.clip(0))) @ v.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cy @ root).clip(0)).sum()
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx) + np.trace(cy) - 2 * cross)
+    return max(0., float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx) + np.trace(cy) - 2 * cross))
 
 def monotone(
     alphas,       # (A,) rising

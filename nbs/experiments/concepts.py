@@ -175,6 +175,7 @@ def main():
     for run in args.runs:
         s = Seed(run, args)
         if 'train' in args.parts: s.world
+        done['updates'] = s.cfg.loop.steps
         if 'edits' in args.parts and (names := missing('edits', args.edits, s.seed)):
             judges, done['judges'] = judges_for(args)
             scenes, twins = s.held_out(args.n)
