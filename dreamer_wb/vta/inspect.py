@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../../nbs/49_vta.inspect.ipynb #c34af758
+# %% ../../nbs/49_vta.inspect.ipynb #2ecb12db
 from ..core.config import from_dict, to_dict
 from ..core.runs import Run, UserError, load_checkpoint, progress, read_json, write_json
-from ..data.episodes import EpisodeStore
+from ..data.episodes import EpisodeStore, read_episode
 from ..dreamer.collapse import Diagnosis, DoctorConfig, Rule, excess, sample_batch
 from ..dreamer.world_model import DreamerWorldModel, read_images
 from .atari import game_events
@@ -134,9 +134,9 @@ def _open_store(run, folder):
     if store.size != cfg.get('size', 64): raise UserError(f'{folder}: images of {store.size} pixels, the model reads size={cfg.get("size", 64)}; prepare them again at that size')
     return store
 
-# %% ../../nbs/49_vta.inspect.ipynb #ba0b7c7e
+# %% ../../nbs/49_vta.inspect.ipynb #4e799e99
 def facts_of(
-    episode:dict, # from an EpisodeStore or read_episode
+    episode:dict, # from read_episode
     part:slice=slice(None), # which frames
 ) -> dict: # obs, delta, and what there is of rew, true, lives, score, room; events
     "What an episode says about itself, in the words of `vta.boundaries`."
@@ -147,13 +147,17 @@ def facts_of(
     if 'read' in episode: out['true'] = np.asarray(episode['read'], bool)
     return {k: v[part] for k, v in out.items()} | dict(events={k: v[part] for k, v in game['events'].items()})
 
+def _from_file(store, i):
+    "An episode with its `info`."
+    return read_episode(Path(store.folder)/f'{store.ids[i]}.npz')
+
 def _alike(episodes):
     "The same episodes with the keys that all of them have, and without rewards that are always 0."
     keys = set.intersection(*(set(e) for e in episodes)) - ({'rew'} if not any(e['rew'].any() for e in episodes) else set())
     names = set.intersection(*(set(e['events']) for e in episodes))
     return [{k: v for k, v in e.items() if k in keys} | dict(events={k: v for k, v in e['events'].items() if k in names}) for e in episodes]
 
-# %% ../../nbs/49_vta.inspect.ipynb #c1eda0ca
+# %% ../../nbs/49_vta.inspect.ipynb #f9a53b7e
 def _vta_episodes(model, store, index, steps):
     "Windows one after another."
     T, C, out = model.cfg.seq_size, model.cfg.init_size, []
@@ -165,11 +169,11 @@ def _vta_episodes(model, store, index, steps):
         windows = obs.unfold(0, T + 2*C, T)[:n].permute(0, 4, 1, 2, 3)                       # (n,L,3,H,W)
         seen = [model.boundaries(w.contiguous().to(next(model.parameters()).device)) for w in windows.split(32)]
         seen = {k: np.concatenate([s[k].reshape(-1, *s[k].shape[2:]) for s in seen]) for k in seen[0] if k != 'rec'}
-        out.append(facts_of(store[i], slice(C, C + n*T)) | seen | dict(start=np.arange(n*T) % T == 0))
+        out.append(facts_of(_from_file(store, i), slice(C, C + n*T)) | seen | dict(start=np.arange(n*T) % T == 0))
     if not out: raise UserError(f'{store.folder}: no episode has {T + 2*C} frames, which seq_size={T} and init_size={C} need; the longest has {store.lengths.max()}')
     return _alike(out)
 
-# %% ../../nbs/49_vta.inspect.ipynb #35380437
+# %% ../../nbs/49_vta.inspect.ipynb #99af8ba3
 def _world_episodes(model, store, index, steps, level):
     "Whole episodes, those of one length together."
     lengths, out = np.minimum(store.lengths[index], steps or 10**9), {}
@@ -182,7 +186,7 @@ def _world_episodes(model, store, index, steps, level):
         stack = {k: torch.from_numpy(np.stack([e[k][:T] for e in eps])).to(device) for k in {'obs', 'act', *([name] if name else [])}}
         stack |= dict(obs=stack['obs'].permute(0, 1, 4, 2, 3), first=(torch.arange(T, device=device) == 0).expand(len(eps), T))
         seen = world_boundaries(model, stack, level)
-        out |= {i: facts_of(e, slice(T)) | {k: v[j] for k, v in seen.items()} for j, (i, e) in enumerate(zip(group, eps))}
+        out |= {i: facts_of(_from_file(store, i), slice(T)) | {k: v[j] for k, v in seen.items()} for j, i in enumerate(group)}
     return _alike([out[i] for i in index])
 
 # %% ../../nbs/49_vta.inspect.ipynb #90df1e09
@@ -251,7 +255,7 @@ def _world_kl(model, batch, level):
     losses = dyn.losses(trace._replace(post={**trace.post, place: leaf}))
     return leaf, [losses['dyn'], losses['rep']]
 
-# %% ../../nbs/49_vta.inspect.ipynb #05039604
+# %% ../../nbs/49_vta.inspect.ipynb #3d1b209a
 ALL_READ, ALL_COPY = (('rate', '>', .9),), (('each', '<', .25), ('rate', '<', .03))
 BOUNDARY_RULES = (
     Rule('all READ', (*ALL_READ, ('max_len', '<', 1.5)), 'a boundary at {rate:.0%} of the frames: max_seg_len = {max_len:.0f} asks for one at each',
@@ -272,7 +276,7 @@ BOUNDARY_RULES = (
     Rule('front-loaded', (('early', '>', .8), ('spent', '>', .5)), '{early:.0%} of the boundaries lie in the first half, then max_seg_num = {max_num:.0f} is used up (in {spent:.0%} of the sequences)',
          'raise max_seg_num (seg_num) above the boundaries that you expect, or constrain=prior (regularise=prior), which charges instead of forbidding'),
 )
-HEALTHY_SPREAD = .1                     # of P(READ): below it, what is seen hardly matters
+HEALTHY_SPREAD = .15                     # of P(READ): below it, what is seen hardly matters
 
 # %% ../../nbs/49_vta.inspect.ipynb #4f042bc4
 def diagnose_boundaries(
