@@ -6,7 +6,7 @@
 __all__ = ['AgentConfig', 'env_steps', 'Replay', 'DreamerAgent', 'check_causal', 'Player', 'Collector', 'collect_callback',
            'write_video', 'plot_learning', 'evaluate_callback', 'make_agent', 'train_agent', 'save_agent', 'load_agent']
 
-# %% ../../nbs/29_dreamer.agent.ipynb #3adef94d
+# %% ../../nbs/29_dreamer.agent.ipynb #cb23890f
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.config import HeadsConfig, LoopConfig, WorldModelConfig, at_least, from_dict
-from ..core.runs import Run, UserError, atomic_write, bar_place, load_checkpoint, read_metrics, save_checkpoint, write_json
+from ..core.runs import Run, UserError, atomic_write, load_checkpoint, read_metrics, save_checkpoint, several
 from ..data.episodes import image_to_float, read_episode, write_episode
 from .behavior import ActorCritic, BehaviorConfig, critic_loss_name
 from .envs import EnvConfig, Stream, evaluate, make_envs
@@ -280,7 +280,7 @@ class Collector:
         if self.agent.curiosity: self.replay.limit = self.seen
         if state.get('curiosity') and self.agent.curiosity: self.agent.curiosity.load_state_dict(state['curiosity'])
 
-# %% ../../nbs/29_dreamer.agent.ipynb #2dc35d6d
+# %% ../../nbs/29_dreamer.agent.ipynb #b02def52
 @patch
 def fill(self: Collector,
     updates: int, # that have been done
@@ -292,6 +292,7 @@ def fill(self: Collector,
     while self.replay.t*self.stream.n < env_steps(cfg, updates): self.tick(cfg.prefill, cfg.seed)
     self.agent.train(training)
 
+# %% ../../nbs/29_dreamer.agent.ipynb #0d4617ea
 @patch
 def tick(self: Collector,
     prefill: int, # random before so many steps
@@ -387,12 +388,11 @@ def plot_learning(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/29_dreamer.agent.ipynb #b23072df
+# %% ../../nbs/29_dreamer.agent.ipynb #ff3933c6
 def evaluate_callback(
     agent: DreamerAgent, # who is tested
     stream: Stream,      # environments of its own
     run: Run|None = None, # where videos go
-    live: bool = False,  # show the curve in a notebook
 ):                       # fastai callback
     "Plays after every `loop.eval_every` updates; writes `eval_return` and a video."
     from fastai.callback.core import Callback
@@ -423,7 +423,7 @@ def make_agent(
     agent.curiosity = curiosity(agent) if curiosity else None
     return agent
 
-# %% ../../nbs/29_dreamer.agent.ipynb #ac42be62
+# %% ../../nbs/29_dreamer.agent.ipynb #0b5ea1ab
 def train_agent(
     cfg: AgentConfig,                # everything that `dreamer-wb train` reads
     wrap: Callable|None = None,      # a further wrapper for each environment
@@ -433,6 +433,7 @@ def train_agent(
 ) -> Run: # the run, finished
     "Train an agent, or go on with the run of this name."
     from dreamer_wb.core.learner import fit, set_seed
+    if several(): raise UserError('an agent is trained by one process: start it without accelerate; more environments are env.n')
     stream = Stream(make_envs(cfg.env, cfg.size, wrap), cfg.seed)
     cfg = replace(cfg, action_dim=stream.actions.n)
     run = Run.create(cfg, cfg.experiment, cfg.runs_dir, cfg.name)
