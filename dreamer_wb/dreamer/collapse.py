@@ -561,7 +561,7 @@ def _records(run):
     file = run and run.path / 'doctor.json'
     return read_json(file) if file and file.exists() else {}
 
-# %% ../../nbs/26_dreamer.collapse.ipynb #2891b82b
+# %% ../../nbs/26_dreamer.collapse.ipynb #a1c955eb
 @dataclass
 class DoctorConfig:
     "Everything that `dreamer-wb doctor` reads."
@@ -578,8 +578,8 @@ def doctor(
     run = Run.open(cfg.run)
     world, store = DreamerWorldModel.load_from_checkpoint(_checkpoint(run)), EpisodeStore(_episodes(cfg, run))
     if store.size != world.cfg.size: raise UserError(f'{store.folder}: images of {store.size} pixels, the model has size={world.cfg.size}; give data=, prepared at that size')
-    repeat = run.config.get('repeat', 1)
-    batch = sample_batch(store, cfg.images, 1 if repeat > 1 else run.config.get('batch_length', 1), repeat)
+    repeat, event = run.config.get('repeat', 1), getattr(world.dynamics, 'event_key', '')
+    batch = sample_batch(store, cfg.images, 1 if repeat > 1 else run.config.get('batch_length', 1), repeat, (event,) if event else ())
     found, past = diagnose(measure(world, batch)), _records(run).get('training', [])
     found.notes += [f'at step {p["step"]} of the training: {p["text"].partition(" [")[0]}' for p in past if p['ill']][:1]
     write_json(run.path / 'doctor.json', {**_records(run), 'run': found})
