@@ -55,7 +55,7 @@ def test_help_is_complete_and_light():
     "Help of each command names every key of its schema; the overview does not load torch."
     from dreamer_wb.cli import command_help
     from dreamer_wb.core.config import leaves
-    for name, c in COMMANDS.items():
+    for name, c in ((name, kind) for name, c in COMMANDS.items() for kind in (c, *c.kinds)):
         text = command_help(c)
         missing = [k for k in leaves(c.load('schema')) if f'{k}=' not in text and f'{k.partition(".")[0]}.…' not in text]
         assert not missing, (name, missing)

@@ -340,7 +340,7 @@ def boundary_checkup(
     with torch.random.fork_rng():                                                   # training goes on with the noise it would have had
         return diagnose_boundaries(boundary_health(boundary_windows(model, batch, level), settings) | dict(leak=boundary_leak(model, batch, level)))
 
-# %% ../../nbs/49_vta.inspect.ipynb #9b0253ae
+# %% ../../nbs/49_vta.inspect.ipynb #8eb5a1f6
 def plot_boundary_health(
     windows, # from boundary_windows or sequences_of; all are drawn as long as the shortest
     diagnosis:Diagnosis, # from diagnose_boundaries
@@ -360,6 +360,7 @@ def plot_boundary_health(
     _plot_rules(axes[2], diagnosis)
     return fig
 
+# %% ../../nbs/49_vta.inspect.ipynb #cb927be8
 def _plot_mean(ax, read, prob):
     "Decisions and their probability over sequences."
     t = np.arange(1, read.shape[1] + 1)
