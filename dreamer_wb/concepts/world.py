@@ -6,7 +6,7 @@
 __all__ = ['ConceptBatches', 'CollectorConfig', 'ConceptTrainConfig', 'start_world', 'concept_batches', 'Fixed', 'train_concepts',
            'strip_callback', 'ConditionalAutoencoder']
 
-# %% ../../nbs/63_concepts.world.ipynb #d771bd19
+# %% ../../nbs/63_concepts.world.ipynb #fa0bd6f0
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .env import Scenes, concept_episodes, random_alphas, read_scenes
 from .shifter import BackgroundEdit, Donors, WorldEdit, edit_strip, plot_strips
-from ..core.config import ScalesConfig, TrainConfig, WorldModelConfig, at_least, choice
+from ..core.config import TrainConfig, WorldModelConfig, at_least, choice
 from ..core.runs import Run, UserError, is_main, write_json
 from ..data.episodes import mirror
 from ..dreamer.networks import mlp
@@ -116,13 +116,12 @@ class Fixed:
     def __len__(self): return self.n
     def __call__(self, i): return self.batches(i)
 
-# %% ../../nbs/63_concepts.world.ipynb #c2d7044e
+# %% ../../nbs/63_concepts.world.ipynb #8887eaed
 def train_concepts(
     cfg: ConceptTrainConfig, # everything that `dreamer-wb train experiment=waterbirds_concept` reads
 ) -> Run: # the run, finished
     "Train a world model on edits, or go on with the run of this name; raises `UserError` for what the user can mend."
     from dreamer_wb.core.learner import fit, set_seed
-    if not cfg.scales.open_loop: raise UserError('scales.open_loop=0: without the open-loop loss the rollout of an edit shows next to nothing; give it a weight')
     device, world = pick_device(cfg.device), start_world(cfg)
     cfg = dataclasses.replace(cfg, **{f.name: getattr(world.cfg, f.name) for f in dataclasses.fields(WorldModelConfig)})
     train, valid = open_stores(cfg)

@@ -1,15 +1,16 @@
 """Are the counterfactuals of a world model good, and do they help a classifier?
 
     dreamer-wb demo seed=0,1,2 -m                                       # stage A: three runs, 2 CPU minutes of world model each
-    python nbs/experiments/concepts.py runs/demo/*                      # stage C from their weights, about 8 CPU minutes a seed
+    python nbs/experiments/concepts.py runs/demo/*                      # stage C from their weights, three trainings a seed
 
 For each run of stage A: the preset `waterbirds_concept_cpu` is trained on from its weights (edits learned from every fifth image of the training set), and beside it, with as many
-updates on the same batches, an autoencoder with a switch (no dynamics). Then every kind of edit is measured on held-out images of the test set, as many of each group, by judges that
+updates on the same batches, the same model without the open-loop loss and an autoencoder with a switch (no dynamics). Then every kind of edit is measured on held-out images of the test set, as many of each group, by judges that
 were trained on pictures of another seed; and heads on latents are retrained in every way, all with the encoder of the same world model and the same number of updates, and tested on
 the posterior latents of the real test images. Exact edits use the masks of all training images; they are what the world model's edits should come close to.
 What is in the result file already is not repeated; trained models stay in --cache.
 """
 import argparse
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ from dreamer_wb.data.synthetic import Spec, read_specs, twin
 from dreamer_wb.dreamer.world_model import DreamerWorldModel
 
 OUT = Path(__file__).resolve().parent/'results'/'concepts.json'
-EDITS = ('exact', 'world model', 'autoencoder', 'mean shift', 'random direction')
+EDITS = ('exact', 'world model', 'no open-loop loss', 'autoencoder', 'mean shift', 'random direction')
 WAYS = { # name: (rows to train on, edit, method, group labels that are used)
     'as is': ('as is', None, 'erm', 'none'),
     'world model': ('edits', 'world model', 'erm', 'none'),
@@ -76,6 +77,11 @@ class Seed:
             with atomic_write(path) as f: torch.save(net.state_dict(), f)
         return net.eval()
 
+    def without_open_loop(self):
+        "The same training without the open-loop loss."
+        cfg = dataclasses.replace(self.cfg, scales=dataclasses.replace(self.cfg.scales, open_loop=0.), name=f'seed{self.seed}_no_open_loop')
+        return DreamerWorldModel.load_from_checkpoint(train_concepts(cfg).checkpoints/'world_model.ckpt').eval()
+
     def held_out(self, n):
         "As many test images of each group, and their twins."
         scenes = self.scenes('test')
@@ -91,6 +97,7 @@ class Seed:
         if name == 'exact': return BackgroundEdit(self.scenes('train').donors())
         if name == 'world model': return WorldEdit(self.world)
         if name == 'autoencoder': return WorldEdit(self.autoencoder())
+        if name == 'no open-loop loss': return WorldEdit(self.without_open_loop())
         z = self.factual['train']
         means = [[torch.from_numpy(z.x[z.group == 2*label + place]).mean(0) for place in (0, 1)] for label in (0, 1)]
         shift = sum(m[1] - m[0] for m in means) / 2                                            # group-balanced
