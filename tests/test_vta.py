@@ -52,6 +52,30 @@ def test_segments_are_cut_off_from_one_another():
     assert same(a[0], c[0]) == [True]*4 + [False]*4                 # abs_fwd goes through
 
 
+def test_no_look_ahead():
+    "The posterior of z at frame t has seen the frames up to t, and nothing behind."
+    model, copy = small(look_ahead=False).double(), torch.tensor([0., 1.]).double().repeat(1, 10, 1)
+    enc = torch.randn(1, 10, 8, dtype=torch.double)
+    late = enc.clone()
+    late[0, 5] = 9
+    fwd, bwd, _ = (x != y for x, y in zip(model.encode_segments(enc, copy), model.encode_segments(late, copy)))
+    assert bwd.any(-1)[:, 0].nonzero().ravel().tolist() == [5] and fwd.any(-1)[:, 0].nonzero().ravel()[0] == 5
+
+
+@pytest.mark.parametrize('kw', [{}, dict(look_ahead=False), dict(regularise='posterior'), dict(obs_post_lag=1, causal=True, boundary_lag=1, logit_bound=2.)])
+def test_leave_one_out(kw):
+    "Two samples in training, one in evaluation; losses of one batch; only the detector's gradient is new."
+    model = small(boundary_gradient='leave_one_out', **kw)
+    losses, metrics = model(dict(obs=frames()))
+    assert {v.shape for v in losses.values()} == {(3, 6)} and np.isfinite(float(metrics['mse']))
+    losses['obs_cost'].sum().backward(retain_graph=True)
+    weight = model.post_boundary.layers[-1].weight
+    assert weight.grad is None and all(v.isfinite().all() for v in losses.values())
+    losses['kl_mask'].sum().backward()
+    assert weight.grad.abs().sum() > 0
+    assert model.eval()(dict(obs=frames()))[0]['kl_mask'].shape == (3, 6)
+
+
 def test_posterior_constraint_bounds_segments():
     for kw in (dict(seg_len=2, seg_num=99), dict(seg_num=2, seg_len=99)):
         model = small(regularise='posterior', **kw).eval()

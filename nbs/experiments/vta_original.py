@@ -28,7 +28,7 @@ RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': [*TWO, '
         'colors/lags': [*COLORS, *STRAIGHT, 'loop.steps=600'], 'big_ball/published': [*BALL, *PUBLISHED, 'loop.steps=600'],
         'colors/look_ahead': [*COLORS, 'look_ahead=true', 'loop.steps=600'], 'big_ball/look_ahead': [*BALL, 'look_ahead=true'],
         'colors/seg_num_9': [*COLORS, 'seg_num=9', 'loop.steps=600'], 'big_ball/seg_num_5': [*BALL, 'seg_num=5'],
-        'big_ball/no_bound': [*BALL, 'logit_bound=0', 'loop.steps=1000']}
+        'big_ball/no_bound': [*BALL, 'seg_len=12', 'logit_bound=0', 'loop.steps=1000']}
 COLUMNS = ('step', 'cpu_seconds', 'rate', 'precision', 'recall', 'f1', 'f1_tol1', 'auc', 'auc_prior', 'f1_random', 'f1_clock', 'f1_frame_difference',
            'mse', 'kl_abs', 'kl_obs', 'kl_mask')
 
