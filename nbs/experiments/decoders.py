@@ -1,7 +1,7 @@
 """Which decoder draws best at equal parameters and equal CPU time?
 
-    python nbs/experiments/decoders.py --size 64 --seconds 20 --seeds 0 1 2
-    python nbs/experiments/decoders.py --size 224 --seconds 40 --seeds 0 1 2
+    python nbs/experiments/decoders.py --size 64 --seconds 10 --seeds 0 1 2
+    python nbs/experiments/decoders.py --size 224 --seconds 30 --seeds 0 1 2
 
 One world model for each decoder: the same encoder, the same Gaussian latent, and a decoder whose `depth` is chosen so that all have the parameters
 of the strided one (within 5 %; `small vit` has a fifth of them, because a ViT of the full size makes few updates in the time). Each trains for the same number of CPU seconds, in bfloat16 where the machine has it, with the learning rate annealed
