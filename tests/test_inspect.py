@@ -128,7 +128,7 @@ def command(*args): return subprocess.Popen([sys.executable, '-c', 'from dreamer
 
 def kill_when(victim, ready):
     "SIGKILL as soon as something is there."
-    for _ in range(2400):
+    for _ in range(15000):
         if ready() or victim.poll() is not None: break
         time.sleep(.02)
     assert victim.poll() is None, victim.communicate()
