@@ -26,7 +26,7 @@ def class_score(
     "The logit of a class; with two classes, less that of the other."
     return logits[:, target] - logits[:, 1 - target] if logits.shape[1] == 2 else logits[:, target]
 
-# %% ../../nbs/73_evaluation.tcav.ipynb #5a7422f6
+# %% ../../nbs/73_evaluation.tcav.ipynb #bca3338f
 def layer_gradients(
     model:nn.Module, # uint8 images -> (N, K) logits
     layer:str, # name of the layer
@@ -37,7 +37,10 @@ def layer_gradients(
 ) -> np.ndarray: # (N, C), or (N, C*H*W)
     "How a class's score changes with what a layer says."
     kept, out, device = {}, [], next((p.device for p in model.parameters()), 'cpu')
-    hook = find_layer(model, layer).register_forward_hook(lambda m, i, a: kept.update(a=a))
+    def keep(m, i, a):
+        kept['a'] = a if a.requires_grad else a.detach().requires_grad_()      # a layer without weights before it
+        return kept['a']
+    hook = find_layer(model, layer).register_forward_hook(keep)
     try:
         with opened(model):
             for x in torch.as_tensor(obs).split(batch_size):
