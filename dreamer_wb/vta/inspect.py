@@ -255,21 +255,21 @@ def _world_kl(model, batch, level):
     losses = dyn.losses(trace._replace(post={**trace.post, place: leaf}))
     return leaf, [losses['dyn'], losses['rep']]
 
-# %% ../../nbs/49_vta.inspect.ipynb #3d1b209a
+# %% ../../nbs/49_vta.inspect.ipynb #785eeb87
 ALL_READ, ALL_COPY = (('rate', '>', .9),), (('each', '<', .25), ('rate', '<', .03))
 BOUNDARY_RULES = (
     Rule('all READ', (*ALL_READ, ('max_len', '<', 1.5)), 'a boundary at {rate:.0%} of the frames: max_seg_len = {max_len:.0f} asks for one at each',
          'raise max_seg_len (original VTA: seg_len) to the longest segment that you expect'),
     Rule('all READ', (*ALL_READ, ('wanted', '>', .5)), 'a boundary at {rate:.0%} of the frames, where boundary_rate asks for {wanted:.0%}',
          'lower boundary_rate to the rate that you expect, or set boundary_scale=0'),
-    Rule('all READ', (*ALL_READ, ('p_read', '>', .85)), 'a boundary at {rate:.0%} of the frames; the detector says READ whatever it sees (P = {p_read:.2f}), and the prior has come to expect it',
+    Rule('all READ', (*ALL_READ, ('p_read', '>', .92)), 'a boundary at {rate:.0%} of the frames; the detector says READ whatever it sees (P = {p_read:.2f}), and the prior has come to expect it',
          'make boundaries cost: a smaller max_seg_num (seg_num) with regularise=prior, or boundary_scale above 0; start the detector unbiased'),
     Rule('all COPY', (*ALL_COPY, ('leak', '>', 1e-4)), '{each:.2f} boundaries in a sequence; each READ costs {leak:.2g} nats of KL, because the boundary is not detached there',
          'multiply the KL by boundary.detach(), as in read_data.detach() of the published code'),
     Rule('all COPY', (*ALL_COPY, ('max_num', '<', 1.5)), '{each:.2f} boundaries in a sequence: max_seg_num = {max_num:.0f} asks for COPY from the first frame on',
          'raise max_seg_num (original VTA: seg_num) to the segments that you expect in a sequence, the first included'),
     Rule('all COPY', (*ALL_COPY, ('wanted', '<', .03)), '{each:.2f} boundaries in a sequence, where boundary_rate asks for {wanted:.1%}', 'raise boundary_rate to the rate that you expect'),
-    Rule('all COPY', (*ALL_COPY, ('p_read', '<', .15)), '{each:.2f} boundaries in a sequence; the detector says COPY whatever it sees (P(READ) = {p_read:.2g}): the lower level does without the upper one',
+    Rule('all COPY', (*ALL_COPY, ('p_read', '<', .08)), '{each:.2f} boundaries in a sequence; the detector says COPY whatever it sees (P(READ) = {p_read:.2g}): the lower level does without the upper one',
          'a weaker lower level (smaller state, or obs_post_lag=1 with causal=true and boundary_lag=1), boundary_rate with a small boundary_scale, or fewer updates'),
     Rule('periodic by force', (('at_limit', '>', .5), ('max_len', '>', 1.5)), '{at_limit:.0%} of the boundaries come exactly max_seg_len = {max_len:.0f} frames after the last one: the limit is speaking, not the model',
          'boundary_force_scale=0 (original VTA: regularise=none) shows what the model does by itself; then a longer max_seg_len, or constrain=prior (regularise=prior)'),
