@@ -24,7 +24,7 @@ STRAIGHT = ['look_ahead=true', 'boundary_gradient=straight_through', 'logit_boun
 PUBLISHED = [*STRAIGHT, 'obs_post_lag=0', 'causal=false', 'boundary_lag=0', 'num_layers=3']
 COLORS, BALL = ['experiment=colors', 'eval_size=192'], ['experiment=bouncing_balls_cpu', 'eval_size=192']
 TWO = [*BALL, 'balls.balls=2', 'balls.radius=3', 'balls.speed=1.5', 'balls.noise=0.1', 'belief_size=64', 'state_size=16', 'seg_num=5', 'seg_len=6', 'loop.eval_every=250']
-RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': [*TWO, 'loop.steps=2000'], 'colors/published': [*COLORS, *PUBLISHED, 'loop.steps=600'],
+RUNS = {'colors/ours': COLORS, 'big_ball/ours': [*BALL, 'loop.steps=400'], 'two_balls/ours': [*TWO, 'loop.steps=2000'], 'colors/published': [*COLORS, *PUBLISHED, 'loop.steps=600'],
         'colors/lags': [*COLORS, *STRAIGHT, 'loop.steps=600'], 'big_ball/published': [*BALL, *PUBLISHED, 'loop.steps=600'],
         'colors/look_ahead': [*COLORS, 'look_ahead=true', 'loop.steps=600'], 'big_ball/look_ahead': [*BALL, 'look_ahead=true'],
         'colors/seg_num_9': [*COLORS, 'seg_num=9', 'loop.steps=600'], 'big_ball/seg_num_5': [*BALL, 'seg_num=5'],
