@@ -62,7 +62,7 @@ def test_no_look_ahead():
     assert bwd.any(-1)[:, 0].nonzero().ravel().tolist() == [5] and fwd.any(-1)[:, 0].nonzero().ravel()[0] == 5
 
 
-@pytest.mark.parametrize('kw', [{}, dict(look_ahead=False), dict(regularise='posterior'), dict(obs_post_lag=1, causal=True, boundary_lag=1, logit_bound=2.)])
+@pytest.mark.parametrize('kw', [{}, dict(look_ahead=False), dict(regularise='posterior'), dict(obs_post_lag=1, causal=True, boundary_lag=1)])
 def test_leave_one_out(kw):
     "Two samples in training, one in evaluation; losses of one batch; only the detector's gradient is new."
     model = small(boundary_gradient='leave_one_out', **kw)

@@ -33,7 +33,7 @@ from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_epi
 from .bouncing_balls import bouncing_balls, color_patterns, show_sequences
 from .maze import maze_sequences
 
-# %% ../../nbs/42_vta.model.ipynb #8d0734ec
+# %% ../../nbs/42_vta.model.ipynb #30d2c0be
 @dataclass
 class VTAConfig:
     "The model; the defaults are those of the published code."
@@ -56,7 +56,6 @@ class VTAConfig:
     regularise: str = choice('prior', 'posterior', 'none') # which boundary logits seg_num and seg_len overwrite; posterior: both
     look_ahead: bool = True # z's posterior sees its segment to the end; false (ours): its first frame and what was before
     boundary_gradient: str = choice('straight_through', 'leave_one_out') # how boundaries learn; leave_one_out (ours): from two samples of them
-    logit_bound: float = at_least(0.0, 0) # the posterior's logits stay softly within +- this (ours), 0: no bound
     advantage: float = at_least(5.0, 0) # standard deviation in nats that differences in cost are scaled to for it, 0: as they are
 
 # %% ../../nbs/42_vta.model.ipynb #167c4ef8
@@ -304,15 +303,6 @@ def draw_noise(self: VTA,
     return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None,
                 z=torch.randn(n, T, S, device=dev), s=torch.randn(n, T, S, device=dev))
 
-# %% ../../nbs/42_vta.model.ipynb #fcf4b349
-@patch
-def boundary_logits(self: VTA,
-    enc: Tensor, # (B,L,H)
-) -> Tensor: # (B,L,2) of the posterior
-    "READ and COPY; with `logit_bound` neither is ever certain, so both go on being tried."
-    logits, b = wide(self.post_boundary(enc)), self.cfg.logit_bound
-    return b * (logits / b).tanh() if b else logits
-
 # %% ../../nbs/42_vta.model.ipynb #8c34589d
 @patch
 def sample_boundary(self: VTA,
@@ -400,7 +390,7 @@ def transition(self: VTA,
     feat = wide(self.obs_feat(torch.cat([h, s], -1)))
     return (post_z, self.prior_abs_state(belief)), (post_s, self.prior_obs_state(h)), feat
 
-# %% ../../nbs/42_vta.model.ipynb #45a4f0ec
+# %% ../../nbs/42_vta.model.ipynb #bc333b0a
 def batch_first(
     dist: Gaussian, # (T,B,S)
 ) -> Gaussian: # (B,T,S)
@@ -417,7 +407,7 @@ def observe(self: VTA,
     C, T = cfg.init_size, cfg.seq_size
     enc = wide(self.enc_obs(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))).unflatten(0, (B, L))
     n = len(noise['z'])                                                          # B, or 2B for two samples
-    enc, logits = (v.repeat(n // B, 1, 1) for v in (enc, self.boundary_logits(enc)))
+    enc, logits = (v.repeat(n // B, 1, 1) for v in (enc, wide(self.post_boundary(enc))))
     logits, log_sample, mask = self.sample_boundary(logits, noise['boundary'])
     z, s, feat = self.transition(mask, *self.encode_segments(enc, mask), noise)
     prior = wide(self.prior_boundary(feat)).transpose(0, 1)                      # (B,T,2)
