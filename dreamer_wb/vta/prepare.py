@@ -70,7 +70,7 @@ def _clear(out, cfg, wanted):
     for s in SPLITS:
         for tmp in (out/s).glob('.*.tmp'): tmp.unlink()
 
-# %% ../../nbs/48_vta.prepare.ipynb #5cc9e162
+# %% ../../nbs/48_vta.prepare.ipynb #f5060094
 def _write_all(out, cfg, counts):
     "Draw and write what is missing, block by block."
     bar = progress(sum(counts), 'drawing sequences', unit='episode')
@@ -82,6 +82,7 @@ def _write_all(out, cfg, counts):
             bar.update(min(BLOCK, n - start))
     bar.close()
 
+# %% ../../nbs/48_vta.prepare.ipynb #d84cd113
 def prepare_sequences(
     cfg:SequencesConfig, # what, how many, where to
 ) -> Path: # the folder, with train/, val/, test/ and prepare.json

@@ -1,6 +1,6 @@
 """Plant every known way in which boundaries die, and count how often the doctor names it.
 
-    python nbs/experiments/boundary_doctor.py                          # all sets, about 2 CPU minutes
+    python nbs/experiments/boundary_doctor.py                          # all sets, about 6 CPU minutes
     python nbs/experiments/boundary_doctor.py --sets 'VTA, one ball'   # one of them
 
 Each plant is a real, short training with what a user might write: a config with a bad value, a detector that starts at one end, or a subclass that forgot a detach. The doctor gets the trained
