@@ -22,7 +22,7 @@ from dreamer_wb.dreamer.envs import EnvConfig, Stream, evaluate, make_envs, rand
 OUT = Path(__file__).resolve().parent/'results'/'agent.json'
 RUNS = { # name: (overrides, seeds, updates, episodes of the last evaluation)
     'reach': (['experiment=tiny_pixels'], (0, 1, 2), 1200, 100),
-    'reach, hierarchy': (['experiment=tiny_pixels', 'dynamics.name=hierarchy', 'dynamics.hierarchy.clock=fixed'], (0,), 1200, 100),
+    'reach, Gaussian latent': (['experiment=tiny_pixels', 'dynamics.latent=gaussian', 'dynamics.stoch=32'], (0, 1, 2), 1200, 100),
     'pendulum': (['experiment=pendulum', 'loop.eval_every=250'], (0,), 2000, 20),
 }
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'image', 'reward', 'return_task', 'entropy', 'psnr')
