@@ -52,7 +52,7 @@ def read_scenes(
     return Scenes(obs, mask, torch.from_numpy(store.label), torch.from_numpy(store.place))
 
 def draw_scenes(
-    specs: list,    # Specs, for example of `sample_specs`
+    specs: list,    # Specs, for example of sample_specs
     size: int = 64, # pixels
     **kwargs,       # for render_many: difficulty, workers
 ) -> Scenes:

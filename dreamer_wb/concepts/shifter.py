@@ -255,7 +255,7 @@ def concept_slider(
     obs: Tensor,     # (N, 3, H, W) uint8, a handful of images
     zoom: int = 2,   # pixels on the screen per pixel
     **known,         # mask, place, seed, see ConceptShifter
-): # an ipywidgets box; raises `UserError` without ipywidgets
+): # an ipywidgets box; raises UserError without ipywidgets
     "A slider for alpha above the images, and the images as that makes them."
     try: import ipywidgets as w
     except ImportError: raise UserError('concept_slider: needs ipywidgets; `pip install ipywidgets`, or draw `plot_strips`') from None

@@ -178,7 +178,7 @@ def frozen(
 # %% ../../nbs/28_dreamer.behavior.ipynb #6ede3e9d
 @patch
 def dream(self: ActorCritic,
-    world,       # `dynamics` with `imagine` and `feat`, and `predict`
+    world,       # `dynamics` with `imagine` and `feat`, and predict
     state: dict, # where dreams begin, leading (N,)
 ) -> dict: # feat (N,H+1,F), act (N,H,A), rew (N,H) on arrival, cont (N,H+1)
     "Imagine with the actor's own actions."

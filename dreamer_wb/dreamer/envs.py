@@ -284,7 +284,7 @@ def compare_drawings(
     n: int = 100,        # pictures
     size: int = 64,      # side
     arrow: bool = False, # with the torque
-) -> dict: # `own`, `render`: (n,size,size,3) uint8; `difference`: mean, 0..255; `speedup`: in CPU time of one process
+) -> dict: # `own`, render: (n,size,size,3) uint8; `difference`: mean, 0..255; `speedup`: in CPU time of one process
     "Our pendulum beside the one that is rendered with 500 pixels and shrunk."
     import time
     env = make_env('Pendulum-v1', size, drawing='render')
@@ -391,7 +391,7 @@ def evaluate(
     stream: Stream,   # environments of their own, not those of the training
     policy: Callable, # function of a row that returns actions (n,A)
     episodes: int = 10, # at least so many, spread evenly over the lanes
-) -> dict: # `returns`, `lengths`, and `frames`: pictures of the first episode (T,H,W,3)
+) -> dict: # returns, `lengths`, and `frames`: pictures of the first episode (T,H,W,3)
     "Play whole episodes: the first ones of each lane, so that short episodes are not preferred."
     row, each = stream.reset(), -(-episodes//stream.n)
     found, frames = [[] for _ in range(stream.n)], [row['obs'][0].copy()]

@@ -191,7 +191,7 @@ def _world_episodes(model, store, index, steps, level):
 
 # %% ../../nbs/49_vta.inspect.ipynb #90df1e09
 def boundary_health(
-    episodes, # as for `vta.boundaries`, each beginning with a forced READ; `choice` if a clock is not asked at each frame
+    episodes, # as for `vta.boundaries`, each beginning with a forced READ; choice if a clock is not asked at each frame
     settings:BoundarySettings=BoundarySettings(), # those of the run
 ) -> dict: # plain numbers by name
     "Everything that the doctor of boundaries looks at, but for the gradient; a `UserError` if there is nothing to look at."
