@@ -221,7 +221,7 @@ def plot_examples(
     row = lambda x: torch.cat([x[random], gap, x[error.argsort(descending=True)[:n]]])
     return show_picture(image_rows(row(scenes.obs), row(other), row(twins)), 'image, edit, true twin: at random, and the worst')
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #3a08837e
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #72b182ef
 def encode_rows(
     world,          # model whose encoder reads images
     obs: Tensor,    # (N, 3, H, W) uint8
@@ -233,7 +233,10 @@ def encode_rows(
     with torch.no_grad(): z = torch.cat([world.encoder(x).stoch for x in obs.split(chunk)])
     return Features(z.numpy(), label.numpy(), place.numpy())
 
-def stacked(*parts): # Features, one below the other
+def stacked(
+    *parts, # Features
+) -> Features:
+    "One below the other."
     return Features(np.concatenate([p.x for p in parts]), np.concatenate([p.label for p in parts]), np.concatenate([p.place for p in parts]))
 
 # %% ../../nbs/64_concepts.counterfactuals.ipynb #742be701

@@ -175,7 +175,7 @@ def frozen(
     finally:
         for p in params: p.requires_grad_(True)
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #6ede3e9d
+# %% ../../nbs/28_dreamer.behavior.ipynb #41bc87ad
 @patch
 def dream(self: ActorCritic,
     world,       # `dynamics` with `imagine` and `feat`, and predict
@@ -219,8 +219,12 @@ def losses(self: ActorCritic,
     if self.training: self._follow()
     return losses, starts, metrics | dict(entropy=entropy)
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #2ecc4038
-def critic_loss_name(name): return 'critic' if name == 'task' else f'critic_{name}'
+# %% ../../nbs/28_dreamer.behavior.ipynb #6c379c26
+def critic_loss_name(
+    name: str, # of the reward
+) -> str:
+    "What the loss of its critic is called."
+    return 'critic' if name == 'task' else f'critic_{name}'
 
 @torch.no_grad()
 def curious_reward(

@@ -183,14 +183,16 @@ def learn(self: IntrinsicReward,
         self.opt.step()
     return loss.detach()
 
-# %% ../../nbs/50_lpm.curiosity.ipynb #2eefa216
+# %% ../../nbs/50_lpm.curiosity.ipynb #fe0c6bac
 @patch
 def get_extra_state(self: IntrinsicReward) -> dict: # plain values and tensors
     "The optimizer, which `state_dict` would forget."
     return self.opt.state_dict() if self.opt else {}
 
 @patch
-def set_extra_state(self: IntrinsicReward, state: dict):
+def set_extra_state(self: IntrinsicReward,
+    state: dict, # from get_extra_state
+):
     "Restore the optimizer."
     if self.opt: self.opt.load_state_dict(state)
 

@@ -52,7 +52,7 @@ def photo_pictures(
         out[i] = crop[:, ::rng.choice((-1, 1))][..., rng.permutation(3)]
     return Pictures('photos (crops of 3 bundled photographs)', out)
 
-# %% ../../nbs/51_lpm.noisy_tv.ipynb #1b34e17e
+# %% ../../nbs/51_lpm.noisy_tv.ipynb #f2cda479
 def texture_pictures(
     n: int = 2000,  # pictures
     size: int = 32, # side in pixels
@@ -65,7 +65,11 @@ def texture_pictures(
     noise *= rng.lognormal(-1.7, .4, (n, 1, 1, 1)) / noise.std((1, 2, 3), keepdims=True)
     return Pictures('textures (generated)', ((noise + rng.uniform(.35, .65, (n, 1, 1, 3))).clip(0, 1) * 255).astype(np.uint8))
 
-def static_pictures(n: int = 2000, size: int = 32, seed: int = 0) -> Pictures:
+def static_pictures(
+    n: int = 2000,  # pictures
+    size: int = 32, # side in pixels
+    seed: int = 0,  # of the noise
+) -> Pictures:
     "White noise: every pixel and colour by itself."
     return Pictures('static (white noise)', np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), np.uint8))
 

@@ -189,7 +189,7 @@ def _world_episodes(model, store, index, steps, level):
         out |= {i: facts_of(_from_file(store, i), slice(T)) | {k: v[j] for k, v in seen.items()} for j, i in enumerate(group)}
     return _alike([out[i] for i in index])
 
-# %% ../../nbs/49_vta.inspect.ipynb #90df1e09
+# %% ../../nbs/49_vta.inspect.ipynb #3f328e35
 def boundary_health(
     episodes, # as for `vta.boundaries`, each beginning with a forced READ; choice if a clock is not asked at each frame
     settings:BoundarySettings=BoundarySettings(), # those of the run
