@@ -19,6 +19,11 @@ try:
     settings.load_profile('dreamer_wb')
 except ImportError: pass
 
+try:   # absl (of tensorboard and dm_control) closes the stderr that it found when Hydra sets up logging: let that not be pytest's
+    from absl import logging as absl_logging
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+except ImportError: pass
+
 
 def load_script(name):
     "The script `.ci/<name>.py` as a module."
