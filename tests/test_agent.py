@@ -218,7 +218,8 @@ def test_pendulum_is_drawn_as_rendered():
 
 def test_dmc_walker_walks():
     pytest.importorskip('dm_control')
-    stream = Stream(make_envs(EnvConfig('dmc_walker_walk', n=1, repeat=2, steps=40), 64))
+    try: stream = Stream(make_envs(EnvConfig('dmc_walker_walk', n=1, repeat=2, steps=40), 64))
+    except UserError as e: pytest.skip(str(e))          # no renderer on this machine: the error says how to get one
     found = evaluate(stream, random_policy(stream), 1)
     assert found['frames'].shape[1:] == (64, 64, 3) and found['frames'].std() > 10 and 0 < found['returns'][0] < 40 and found['lengths'] == [20]
 
