@@ -152,7 +152,7 @@ SETS = { # name: (size, data, difficulty, seeds, updates, overrides)
     'selection': (32, 'birds', 'default', (0, 1, 2), 200, both('depth', 8) + both('mults', '[1,2,4]')),
     'categorical, 48 px, hard': (48, 'birds', 'hard', (10, 11, 12), 160, both('depth', 12) + both('mults', '[1,2]') + ['dynamics.latent=categorical', 'dynamics.stoch=16', 'dynamics.classes=16']),
     'photographs, 40 px': (40, 'photographs', None, (20, 21, 22), 160, both('depth', 8) + both('mults', '[1,2,3]') + ['dynamics.stoch=48', 'dynamics.hidden=96']),
-    '96 px, easy': (96, 'birds', 'easy', (30,), 120, both('depth', 8) + both('mults', '[1,2,4,4]') + ['batch_size=16', 'dynamics.stoch=24']),
+    '96 px, easy': (96, 'birds', 'easy', (30, 31, 32), 120, both('depth', 8) + both('mults', '[1,2,4,4]') + ['batch_size=16', 'dynamics.stoch=24']),
 }
 
 
