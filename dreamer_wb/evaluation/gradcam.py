@@ -136,13 +136,14 @@ def localisation_table(
             if pick.any(): rows.append(dict(map=name, group=g, n=int(pick.sum()), **{k: float(v[pick].mean()) for k, v in found.items()}))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/74_evaluation.gradcam.ipynb #08ec510c
+# %% ../../nbs/74_evaluation.gradcam.ipynb #c3a8f5b6
 def iou_curve(
     maps:np.ndarray, # (N, H, W) in [0, 1]
     masks:np.ndarray, # (N, H, W) bool
-    thresholds:np.ndarray=np.linspace(.05, .95, 19), # of the map
+    thresholds:np.ndarray=None, # of the map; None: .05 to .95 in steps of .05
 ) -> np.ndarray: # (T,) mean IoU
     "Mean intersection over union at each threshold."
+    if thresholds is None: thresholds = np.linspace(.05, .95, 19)
     return np.array([iou(maps >= t, masks).mean() for t in thresholds])
 
 # %% ../../nbs/74_evaluation.gradcam.ipynb #9e2272ae
