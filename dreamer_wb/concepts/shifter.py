@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'clear_bird', 'soft_mask', 'move_background', 'Edit', 'Donors', 'BackgroundEdit', 'ConceptShifter',
-           'edit_strip', 'plot_strips', 'LatentEdit', 'coordinates', 'WorldEdit', 'strip_film', 'concept_slider']
+           'edit_strip', 'plot_strips', 'LatentEdit', 'coordinates', 'WorldEdit', 'disagreement', 'agreement_mask',
+           'mask_iou', 'best_threshold', 'CutEdit', 'strip_film', 'concept_slider']
 
 # %% ../../nbs/61_concepts.shifter.ipynb #aa932e75
 import copy
@@ -235,6 +236,56 @@ class WorldEdit(Edit):
     @torch.no_grad()
     def apply(self, obs, mask=None, place=None, seed=0): return float_to_image(self.world.decoder(self.imagine(obs)))
 
+# %% ../../nbs/61_concepts.shifter.ipynb #90759ab0
+def disagreement(
+    d: Edit,     # a concept that means do
+    obs: Tensor, # (N, 3, H, W) uint8
+    chunk: int = 200 # images at a time
+) -> Tensor: # (N, H, W) float, 0 to 255
+    "How far do(0) and do(1) are from one another in every pixel, averaged over colours and 3x3 pixels."
+    if d.meaning != 'do': raise UserError('disagreement: compares do(land) and do(water); this edit means shift')
+    gaps = [(ConceptShifter(0. * d)(x).float() - ConceptShifter(1. * d)(x).float()).abs().mean(1, keepdim=True) for x in obs.split(chunk)]
+    return F.avg_pool2d(torch.cat(gaps), 3, 1, 1, count_include_pad=False)[:, 0]
+
+def agreement_mask(
+    gap: Tensor,      # (N, H, W) from disagreement
+    threshold: float, # below it the two agree
+) -> Tensor: # (N, H, W) bool
+    "The largest connected region in which they agree, its holes filled."
+    from scipy.ndimage import binary_fill_holes, label
+    def largest(m):
+        parts, n = label(m)
+        return binary_fill_holes(parts == 1 + np.bincount(parts.ravel())[1:].argmax()) if n else m
+    return torch.from_numpy(np.stack([largest(m) for m in (gap < threshold).cpu().numpy()]))
+
+# %% ../../nbs/61_concepts.shifter.ipynb #de16bc61
+def mask_iou(a, b): # (N, H, W) bool each -> mean intersection over union
+    "How well masks agree."
+    return ((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)).mean().item()
+
+def best_threshold(
+    gap: Tensor,  # (N, H, W) from disagreement
+    mask: Tensor, # (N, H, W) bool, known masks
+) -> tuple: # threshold, its mean IoU on these images
+    "The threshold whose masks agree best with known ones."
+    found = {float(t): mask_iou(agreement_mask(gap, t), mask) for t in np.quantile(gap.cpu().numpy(), np.linspace(.05, .8, 26))}
+    best = max(found, key=found.get)
+    return best, found[best]
+
+class CutEdit(BackgroundEdit):
+    "The bird, cut out where imagined places agree, over real places; a mask that is given is not looked at."
+    def __init__(self,
+        donors: Donors,    # where places come from
+        imagine: Edit,     # a concept that means do, e.g. a WorldEdit
+        threshold: float,  # see best_threshold
+        edge: int = 1,     # width of the soft edge in pixels
+    ):
+        super().__init__(donors, 'do', edge)
+        self.imagine, self.threshold = imagine, threshold
+
+    def find(self, obs): return agreement_mask(disagreement(self.imagine, obs), self.threshold)  # (N, H, W) bool
+    def apply(self, obs, mask=None, place=None, seed=0): return super().apply(obs, self.find(obs), place, seed)
+
 # %% ../../nbs/61_concepts.shifter.ipynb #f10061c5
 def strip_film(
     strips: Tensor, # (N, A, 3, H, W) uint8
@@ -249,7 +300,7 @@ def strip_film(
     frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
     return file.getvalue()
 
-# %% ../../nbs/61_concepts.shifter.ipynb #72b79565
+# %% ../../nbs/61_concepts.shifter.ipynb #c898155a
 def concept_slider(
     d: Edit,         # a concept
     obs: Tensor,     # (N, 3, H, W) uint8, a handful of images
