@@ -97,7 +97,7 @@ def figure(self:Report,
         data, name = Path(picture).read_bytes(), name or Path(picture).stem
     return self._add('figure', data=data, caption=caption, name=name or f'figure{len(self.blocks)}')
 
-# %% ../../nbs/70_evaluation.report.ipynb #3c343016
+# %% ../../nbs/70_evaluation.report.ipynb #a6373348
 def _inline(
     text:str, # plain text with `code` and **bold**
 ) -> str: # HTML
@@ -115,6 +115,7 @@ def _cell(
     value:Any, # anything in a table
 ) -> str: # how it is shown
     "Numbers with up to three decimals, everything else as it is."
+    if isinstance(value, float) and 0 < abs(value) < .001: return f'{value:.1g}'                  # a small p is not 0
     if isinstance(value, float): return '' if value != value else f'{value:.3f}'.rstrip('0').rstrip('.') if abs(value) < 1e4 else f'{value:.4g}'
     return str(value)
 
@@ -429,7 +430,28 @@ def _evaluation(
         for file in sorted((folder/'figures').glob(f'{key}*.png')): report.figure(file, caption, f'evaluate_{file.stem}')
     if 'mce' in found: report.table(pd.DataFrame(found['mce']).drop(columns='missing'), 'Corruption errors; mce in per cent of the reference on the same pictures.')
 
-# %% ../../nbs/70_evaluation.report.ipynb #3b10d944
+# %% ../../nbs/70_evaluation.report.ipynb #ac9cee4c
+def _segments(
+    report:Report, # the page
+    run:Run, # the run of a VTA
+):
+    "Section: where segments begin, in the end and while it was learned."
+    import pandas as pd
+    from dreamer_wb.core.runs import plot_losses
+    from dreamer_wb.vta.boundaries import boundary_tables
+    report.heading('Where segments begin')
+    if not (run.path/'boundary_eval.json').exists(): report.text(f'Not trained to the end yet: `dreamer-wb train` with `name={run.path.name}` goes on.', note=True)
+    else:
+        result = read_json(run.path/'boundary_eval.json')
+        for words in result['verdicts']: report.text(words)
+        for title, rows in boundary_tables(result).items(): report.table(pd.DataFrame(rows), title)
+        report.text(f'Random and clock place as many boundaries as the model does; first frames do not count. Closer: `dreamer-wb boundaries run={run.path}`.')
+        for name, caption in dict(boundary_grid='Held-out frames in rows; below each READ (red) or COPY (blue), above green bars where a segment truly begins.',
+                                  boundary_internal='What the model computes around its boundaries.', boundary_fired='The frames at which it reads.').items():
+            if (run.figures/f'{name}.png').is_file(): report.figure(run.figures/f'{name}.png', caption, name)
+    if (run.path/'metrics.csv').exists(): report.figure(plot_losses(run.metrics), 'Losses and scores during training.', 'losses')
+
+# %% ../../nbs/70_evaluation.report.ipynb #037fce01
 def run_report(
     run:Run, # a run folder
 ) -> Report: # the page, not yet written
@@ -437,9 +459,11 @@ def run_report(
     import datetime
     env = _environment(run)
     made = env.get('time', datetime.datetime.now().isoformat())[:16].replace('T', ' ')
-    report = Report('What does the latent know?', f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
+    segments = 'seg_num' in run.config                                                             # a VTA
+    report = Report('Where do segments begin?' if segments else 'What does the latent know?',
+                    f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
     _summary(report, run)
-    for section in (_pictures, _world_model, _doctor, _classifiers, _evaluation, _making): section(report, run)
+    for section in (_segments, _making) if segments else (_pictures, _world_model, _doctor, _classifiers, _evaluation, _making): section(report, run)
     return report
 
 # %% ../../nbs/70_evaluation.report.ipynb #97403630
@@ -455,7 +479,7 @@ def to_latex(
     head = [r'\begin{table}', r'\centering', rf'\begin{{tabular}}{{{"".join(numeric)}}}', r'\toprule', line(map(str, df.columns)), r'\midrule']
     return '\n'.join([*head, *body, r'\bottomrule', r'\end{tabular}', *([rf'\caption{{{line([caption])[:-3]}}}'] if caption else []), r'\end{table}', ''])
 
-# %% ../../nbs/70_evaluation.report.ipynb #d61348d4
+# %% ../../nbs/70_evaluation.report.ipynb #82a4130a
 def _rows_of(run): # {name of a table: its rows in this run}
     import pandas as pd
     out = {}
@@ -468,6 +492,9 @@ def _rows_of(run): # {name of a table: its rows in this run}
         out['evaluation'] = pd.DataFrame(found['summary'])
         for k in ('tcav', 'gradcam', 'mce'):
             if k in found: out[k] = pd.DataFrame(found[k]).drop(columns=['missing'], errors='ignore')
+    if (run.path/'boundary_eval.json').exists():
+        truth = read_json(run.path/'boundary_eval.json').get('truth')
+        if truth: out['boundaries'] = pd.DataFrame(truth['rows'])[['method', 'rate', 'precision_0', 'recall_0', 'f1_0', 'f1_1', 'auc']].rename(columns=lambda c: c.removesuffix('_0'))
     return out
 
 # %% ../../nbs/70_evaluation.report.ipynb #4953fe01
