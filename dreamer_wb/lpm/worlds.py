@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANCE', 'HARD', 'NOISE', 'METHODS', 'CHANGE', 'WEIGHT', 'PENDULUM', 'screens', 'Predictor', 'noise_world',
-           'run_noise', 'is_zero', 'Rooms', 'choose', 'run_rooms', 'TVPendulum', 'Planner', 'run_pendulum']
+           'run_noise', 'is_zero', 'Rooms', 'choose', 'run_rooms', 'TVPendulum', 'draw_plans', 'Planner',
+           'run_pendulum']
 
 # %% ../../nbs/52_lpm.worlds.ipynb #681bc964
 import time
@@ -153,20 +154,20 @@ def choose(
     p = ((value - value.mean()) / (value.std(correction=0) + 1e-8)).softmax(0)
     return torch.multinomial((1 - share) * p + share / len(value), n, replacement=True)
 
-# %% ../../nbs/52_lpm.worlds.ipynb #ab55c8f9
+# %% ../../nbs/52_lpm.worlds.ipynb #15879398
 def run_rooms(
     name: str,           # key of METHODS
     pictures,            # Pictures
     seed: int,           # of rooms, networks and choices
-    steps: int = 16_000, # of the agent
-    every: int = 40,     # steps per model version
+    steps: int = 20_000, # of the agent
+    every: int = 32,     # steps per model version
     memory: float = .97, # share of a room's value that a version keeps
     **settings           # for CuriosityConfig
 ) -> dict: # shares, errors, rewards, CPU seconds
     "One agent in the four rooms."
     torch.manual_seed(seed)
     start, world, model = time.process_time(), Rooms(pictures, seed), Predictor(8, 16, steps)
-    cfg = CuriosityConfig(**{**dict(hidden=64, memory=steps, steps=3, batch=256, lr=2e-3, warmup=60), **METHODS[name], **settings})
+    cfg = CuriosityConfig(**{**dict(hidden=64, memory=steps), **METHODS[name], **settings})
     curious = make_curiosity(cfg, 4, 4, 16, imagine=False)
     value, visits, rewards = torch.zeros(4), [], []
     for _ in range(steps // every):
@@ -228,6 +229,17 @@ class TVPendulum:
         self.th, self.t = self.th + self.speed * .05, self.t + 1
         return reward, self.screen[torch.randint(len(self.screen), (self.n,))] * on[:, None]
 
+# %% ../../nbs/52_lpm.worlds.ipynb #a7d02ea8
+def draw_plans(
+    n: int,           # sequences
+    horizon: int,     # steps of each
+    hold: float = .7, # chance that an action is kept for another step
+) -> Tensor: # (horizon, n) actions 0 to 5
+    "Random sequences in which actions last."
+    actions = torch.randint(6, (horizon, n))
+    for t in range(1, horizon): actions[t] = torch.where(torch.rand(n) < hold, actions[t - 1], actions[t])
+    return actions
+
 # %% ../../nbs/52_lpm.worlds.ipynb #4d240aa2
 CHANGE = torch.tensor([.15, .15, .08])                      # typical change of the state in a step
 WEIGHT = (16 / 3)**.5                                       # three numbers of the state weigh as much as 16 of the screen
@@ -247,7 +259,7 @@ class Planner:
         state = state + out[:, :3] / WEIGHT * CHANGE
         return torch.cat([state[:, :2] / state[:, :2].norm(dim=1, keepdim=True), state[:, 2:].clamp(-1, 1)], 1), out[:, 19]
 
-# %% ../../nbs/52_lpm.worlds.ipynb #e4cf36e2
+# %% ../../nbs/52_lpm.worlds.ipynb #f8956071
 @patch
 def act(self: Planner,
     state: Tensor,         # (n, 3)
@@ -257,7 +269,7 @@ def act(self: Planner,
 ) -> Tensor: # (n,) actions
     "Plan."
     n = len(state)
-    actions = torch.randint(6, (horizon, n * sequences))
+    actions = draw_plans(n * sequences, horizon)
     onehot, now, value, states = torch.eye(6)[actions], state.repeat_interleave(sequences, 0), 0., []
     for a in onehot:
         states.append(now)
