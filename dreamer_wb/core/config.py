@@ -66,7 +66,7 @@ class DecoderConfig:
     mixtures: int = at_least(10, 1) # logistic_mixture only: logistics in each pixel
     patch: int = at_least(0, 0) # vit only: side of a patch in pixels, a divisor of size; 0 = about 12 patches a side
 
-# %% ../../nbs/00_core.config.ipynb #31eaecc4
+# %% ../../nbs/00_core.config.ipynb #17715ff2
 @dataclass
 class HierarchyConfig:
     "Levels above the recurrent state-space model and the clocks that drive them, see `vta.dynamics`."
@@ -88,6 +88,14 @@ class HierarchyConfig:
     boundary_temp_steps: int = at_least(0, 0) # updates in which it gets there; 0 = it stays
     boundary_rate: float = at_least(0.1, 0) # learned, length: wanted share of ticks
     boundary_scale: float = at_least(0.0, 0) # weight of that wish
+    boundary_gradient: str = choice('straight_through', 'leave_one_out') # learned, length: how boundaries learn; leave_one_out: from two samples of them
+    advantage: float = at_least(5.0, 0) # leave_one_out: standard deviation in nats that differences in cost are scaled to, 0: as they are
+    explore: float = at_least(0.0, 0) # leave_one_out: share of the decisions that are drawn at boundary_rate at first
+    explore_steps: int = at_least(0, 0) # updates in which that falls to 0; 0 = it stays
+    surprise: bool = False # learned, length: the posterior also reads how far level 0, without a tick, is from what it expected
+    value: bool = False # learned, length, event: the change of a value estimate is read as well; a critic learns it from `rew`
+    value_discount: float = at_least(0.9, 0) # of later rewards in it
+    signal_scale: float = at_least(0.0, 0) # value or event_key: weight of predicting that number from each upper level, which then reads it
     sparsity: float = at_least(1.0, 0) # gate: weight of the share of open gates
     code: float = at_least(0.1, 0) # length: weight of the description length
     max_duration: int = at_least(64, 1) # longest segment that the duration head can predict, in steps
