@@ -118,8 +118,14 @@ LOOKING = (
             'Extracts the latents once, trains heads on them and the baselines on the same data (ERM, group-balanced, GroupDRO, DFR), and writes one table with accuracies per group.',
             ('dreamer-wb classify run=runs/waterbirds_minimal/first', 'dreamer-wb classify run=runs/demo/seed0 models=[latent,pca] methods=[erm,dfr] seeds=5')))
 
-# %% ../nbs/80_cli.ipynb #3238ebf8
+# %% ../nbs/80_cli.ipynb #aee92ae9
 MEASURING = (
+    Command('concepts', 'evaluation.concepts:ConceptsConfig', 'evaluation.concepts:concepts', 'world model -> counterfactuals, and classifiers retrained with them',
+            'Teaches the world model of a run what an edit of the background does, measures the counterfactuals that it imagines beside exact ones, retrains classifiers with and without them, '
+            'and compares these: worst group, background swaps, TCAV, Grad-CAM, corruptions. Everything is written into the folder concepts of the run, and into its report. Interrupted, or asked for more, it goes on.',
+            ('dreamer-wb concepts run=runs/demo/seed0', 'dreamer-wb concepts run=runs/demo/seed0 seeds=[0,1,2] models=[linear,mlp,cnn]',
+             'dreamer-wb concepts run=runs/waterbirds_minimal/first train.masks=1 train.loop.steps=20000'),
+            after='tables: {result}/summary.md\nfigures: {result}/figures'),
     Command('evaluate', 'evaluation.evaluate:EvaluateConfig', 'evaluation.evaluate:evaluate', 'classifiers -> concepts, where they look, corruptions',
             'Measures all classifiers that classify has kept in a run, or a network of torchvision, on the same test pictures: accuracy per group, TCAV, class activation maps against the masks, '
             'and the 15 corruptions of ImageNet-C (those need `pip install "dreamer_wb[corruptions]"`). Interrupted, the same command goes on where it was.',
