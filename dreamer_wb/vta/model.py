@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'CREDIT', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image', 'wide', 'GRUScan', 'gru_scan',
-           'conv_layer', 'make_encoder', 'make_decoder', 'BoundaryConv', 'LatentLayer', 'VTA', 'gumbel_logits',
-           'straight_through', 'concrete_log_density', 'constrain', 'Trace', 'batch_first', 'BallsConfig', 'VTALoop',
-           'VTATrainConfig', 'make_sequences', 'Kept', 'Generated', 'vta_batches', 'window_episodes', 'boundary_scores',
-           'watch_callback', 'save_film', 'train_vta']
+           'conv_layer', 'image_widths', 'make_encoder', 'make_decoder', 'BoundaryConv', 'LatentLayer', 'VTA',
+           'gumbel_logits', 'straight_through', 'concrete_log_density', 'constrain', 'Trace', 'batch_first',
+           'BallsConfig', 'VTALoop', 'VTATrainConfig', 'make_sequences', 'Kept', 'Generated', 'vta_batches',
+           'window_episodes', 'boundary_scores', 'watch_callback', 'save_film', 'train_vta']
 
 # %% ../../nbs/42_vta.model.ipynb #aeac428b
 import dataclasses
@@ -33,12 +33,13 @@ from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_epi
 from .bouncing_balls import bouncing_balls, color_patterns, show_sequences
 from .maze import maze_sequences
 
-# %% ../../nbs/42_vta.model.ipynb #30d2c0be
+# %% ../../nbs/42_vta.model.ipynb #124193a2
 @dataclass
 class VTAConfig:
     "The model; the defaults are those of the published code."
     size: int = at_least(32, 32) # side of the images: 32, 64, 128
     belief_size: int = at_least(128, 1) # units of every deterministic part (H)
+    width: int = at_least(0, 0) # channels of the outermost image layer, doubled inwards; 0: belief_size in every layer
     state_size: int = at_least(8, 1) # dimensions of z and of s (S)
     num_layers: int = at_least(3, 0) # hidden layers of the boundary convolution
     seq_size: int = at_least(20, 1) # frames that are explained (T)
@@ -57,6 +58,7 @@ class VTAConfig:
     look_ahead: bool = True # z's posterior sees its segment to the end; false (ours): its first frame and what was before
     boundary_gradient: str = choice('straight_through', 'leave_one_out') # how boundaries learn; leave_one_out (ours): from two samples of them
     advantage: float = at_least(5.0, 0) # standard deviation in nats that differences in cost are scaled to for it, 0: as they are
+    explore: int = at_least(0, 0) # updates in which a coin draws boundaries, all of them in the first half, then fewer and fewer (ours)
 
 # %% ../../nbs/42_vta.model.ipynb #167c4ef8
 def random_bytes(
@@ -159,26 +161,39 @@ def conv_layer(
     norm = nn.BatchNorm1d if kind is nn.Conv1d else nn.BatchNorm2d
     return nn.Sequential(kind(n_in, n_out, *args, bias=False), norm(n_out), nn.ELU(inplace=True))
 
-# %% ../../nbs/42_vta.model.ipynb #f5a027b7
-def make_encoder(
-    H: int,    # channels
-    size: int, # side of the images
-) -> nn.Sequential: # (N,3,size,size) -> (N,H)
-    "Halve the side until it is 4, then a 4x4 convolution without padding."
+# %% ../../nbs/42_vta.model.ipynb #2598eb0b
+def image_widths(
+    H: int,        # features of a frame
+    size: int,     # side of the images
+    width: int = 0 # channels of the outermost layer, doubled from layer to layer; 0: H everywhere
+) -> list: # channels of the layers, from outside
+    "Channels of the image networks; raises `UserError` for sizes that they cannot take."
     halvings = int(math.log2(size)) - 2
     if 4 * 2**halvings != size: raise UserError(f'size={size}: the encoder halves the side down to 4; use size 32, 64 or 128')
-    halves = [conv_layer(nn.Conv2d, H if i else 3, H, 4, 2, 1) for i in range(halvings)]
-    return nn.Sequential(*halves, conv_layer(nn.Conv2d, H, H, 4, 1, 0), nn.Flatten())
+    return [width * 2**i if width else H for i in range(halvings)]
 
-# %% ../../nbs/42_vta.model.ipynb #f68d2d1f
+# %% ../../nbs/42_vta.model.ipynb #58685455
+def make_encoder(
+    H: int,        # features, and channels if `width` is 0
+    size: int,     # side of the images
+    width: int = 0 # channels of the outermost layer, doubled from layer to layer
+) -> nn.Sequential: # (N,3,size,size) -> (N,H)
+    "Halve the side until it is 4, then a 4x4 convolution without padding."
+    ws = image_widths(H, size, width)
+    halves = [conv_layer(nn.Conv2d, a, b, 4, 2, 1) for a, b in zip([3, *ws], ws)]
+    return nn.Sequential(*halves, conv_layer(nn.Conv2d, ws[-1], H, 4, 1, 0), nn.Flatten())
+
+# %% ../../nbs/42_vta.model.ipynb #32e60c2a
 def make_decoder(
-    H: int,    # channels
-    size: int, # side of the images
+    H: int,        # features, and channels if `width` is 0
+    size: int,     # side of the images
+    width: int = 0 # as of the encoder
 ) -> nn.Sequential: # (N,H) -> (N,3,size,size) in [-1, 1]
     "The encoder upside down; tanh in the end."
-    doublings = [conv_layer(nn.ConvTranspose2d, H, H, 4, 2, 1) for _ in range(int(math.log2(size)) - 3)]
-    return nn.Sequential(nn.Unflatten(1, (H, 1, 1)), conv_layer(nn.ConvTranspose2d, H, H, 4, 1, 0), *doublings,
-                         nn.ConvTranspose2d(H, 3, 4, 2, 1), nn.Tanh())
+    ws = image_widths(H, size, width)[::-1]
+    doublings = [conv_layer(nn.ConvTranspose2d, a, b, 4, 2, 1) for a, b in zip(ws, ws[1:])]
+    return nn.Sequential(nn.Unflatten(1, (H, 1, 1)), conv_layer(nn.ConvTranspose2d, H, ws[0], 4, 1, 0), *doublings,
+                         nn.ConvTranspose2d(ws[-1], 3, 4, 2, 1), nn.Tanh())
 
 # %% ../../nbs/42_vta.model.ipynb #4787aaf5
 class BoundaryConv(nn.Module):
@@ -213,7 +228,7 @@ class LatentLayer(nn.Module):
         x = torch.cat(xs, -1)
         return Gaussian(wide(self.mean(x)), wide(self.std(x)).sigmoid().clamp(min=1e-6))
 
-# %% ../../nbs/42_vta.model.ipynb #6803afd9
+# %% ../../nbs/42_vta.model.ipynb #3284c848
 class VTA(nn.Module):
     "Hierarchical state-space model with learned boundaries."
     scales = dict(obs_cost=1., kl_abs=1., kl_obs=1., kl_mask=1.)
@@ -224,8 +239,8 @@ class VTA(nn.Module):
         super().__init__()
         cfg = cfg or VTAConfig()
         self.cfg = VTAConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(VTAConfig)})
-        H, S, self.beta = cfg.belief_size, cfg.state_size, cfg.max_beta
-        self.enc_obs, self.dec_obs = make_encoder(H, cfg.size), make_decoder(H, cfg.size)
+        H, S, self.beta, self.coin = cfg.belief_size, cfg.state_size, cfg.max_beta, 0.
+        self.enc_obs, self.dec_obs = make_encoder(H, cfg.size, cfg.width), make_decoder(H, cfg.size, cfg.width)
         self.post_boundary, self.prior_boundary = BoundaryConv(H, cfg.num_layers, cfg.causal, cfg.boundary_lag), nn.Linear(H, 2)
         self.abs_feat, self.obs_feat = nn.Linear(H + S, H), nn.Linear(H + S, H)
         self.update_abs_belief, self.update_obs_belief = nn.GRUCell(S, H), nn.GRUCell(S + H, H)
@@ -289,7 +304,7 @@ class Trace(NamedTuple):
     s: tuple           # posterior and prior Gaussian of s, (B,T,S)
     feat: Tensor       # (B,T,H) what the decoder reads
 
-# %% ../../nbs/42_vta.model.ipynb #a00575ed
+# %% ../../nbs/42_vta.model.ipynb #9869e631
 @patch
 def draw_noise(self: VTA,
     obs: Tensor, # (B,L,3,H,W) uint8, of `L = T + 2C` frames
@@ -298,12 +313,22 @@ def draw_noise(self: VTA,
     cfg, dev, (B, L) = self.cfg, obs.device, obs.shape[:2]
     T, C, S = cfg.seq_size, cfg.init_size, cfg.state_size
     if L != T + 2*C: raise UserError(f'sequences of {L} frames: seq_size={T} and init_size={C} need {T + 2*C}')
-    n = B * (1 + (self.training and cfg.boundary_gradient == 'leave_one_out'))     # samples of all that is drawn
-    uniform = torch.rand(n, T + 2*C, 2, device=dev) * (1 - 2e-4) + 1e-4
-    return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None,
-                z=torch.randn(n, T, S, device=dev), s=torch.randn(n, T, S, device=dev))
+    n = 1 + (self.training and cfg.boundary_gradient == 'leave_one_out')           # samples of the boundaries, with the same noise elsewhere
+    uniform = torch.rand(n * B, T + 2*C, 2, device=dev) * (1 - 2e-4) + 1e-4
+    z, s = torch.randn(2, B, T, S, device=dev).repeat(1, n, 1, 1)
+    return dict(obs=random_bytes(obs.shape, dev), boundary=uniform if self.training else None, z=z, s=s)
 
-# %% ../../nbs/42_vta.model.ipynb #8c34589d
+# %% ../../nbs/42_vta.model.ipynb #a3b2a680
+@patch
+def mix_coin(self: VTA,
+    logits: Tensor, # (...,2) of the posterior
+) -> Tensor: # (...,2) of what boundaries are drawn from
+    "While it explores, a share of the decisions is a coin's, which says READ as often as `seg_num` allows."
+    if not self.coin: return logits
+    rate = min(self.cfg.seg_num / self.cfg.seq_size, .5)
+    return ((1 - self.coin) * logits.softmax(-1) + self.coin * logits.new_tensor([rate, 1 - rate])).log()
+
+# %% ../../nbs/42_vta.model.ipynb #100bcd39
 @patch
 def sample_boundary(self: VTA,
     logits: Tensor,  # (B,L,2) posterior logits
@@ -313,7 +338,7 @@ def sample_boundary(self: VTA,
     cfg = self.cfg
     C, T = cfg.init_size, cfg.seq_size
     if cfg.regularise == 'posterior': logits = self.constrain_posterior(logits, noise)
-    log_sample = gumbel_logits(logits, self.beta, noise)
+    log_sample = gumbel_logits(logits if noise is None else self.mix_coin(logits), self.beta, noise)
     read = logits.new_tensor([1., 0.]).expand(len(logits), 1, 2)
     mask = straight_through(log_sample[:, C + 1:C + T])
     if cfg.boundary_gradient == 'leave_one_out': mask = mask.detach()
@@ -453,7 +478,7 @@ def boundary_kl(self: VTA,
     q, p = post.log_softmax(-1), prior.log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
 
-# %% ../../nbs/42_vta.model.ipynb #4748eeeb
+# %% ../../nbs/42_vta.model.ipynb #1ba46eb7
 CREDIT = 3      # frames behind a decision whose cost counts for it
 
 @patch
@@ -462,18 +487,18 @@ def leave_one_out(self: VTA,
     trace: Trace, # which they come from
 ) -> dict: # {name: (B,T)}, means of the two; `kl_mask` carries the gradient of the decisions
     "Score function of the decisions with the other sample as baseline; adds a gradient and no value."
-    cost = sum(self.scales[k] * v.detach() for k, v in losses.items())
-    a, b = cost.chunk(2)
+    a, b = sum(self.scales[k] * v.detach() for k, v in losses.items()).chunk(2)
     earlier = CREDIT if self.cfg.look_ahead else 0
     more = F.pad(a - b, (earlier, CREDIT)).unfold(1, earlier + 1 + CREDIT, 1).sum(-1)                # (B,T)
     if self.cfg.advantage: more = more * (self.cfg.advantage / more.square().mean().sqrt().clamp(min=1e-6))
     q = trace.post_logit[:, :-1].log_softmax(-1)
-    log_q = torch.where(trace.read > .5, q[..., 0], q[..., 1])                                       # (2B,T)
-    score = torch.cat([more, -more]) * log_q * (torch.arange(q.shape[1], device=q.device) > 0)       # the first is forced
+    log_q, log_mu = (torch.where(trace.read > .5, x[..., 0], x[..., 1]) for x in (q, self.mix_coin(q)))   # (2B,T)
+    weight = (log_q - log_mu).exp().detach() * (self.coin < 1) * (torch.arange(q.shape[1], device=q.device) > 0)   # the first is forced
+    score = torch.cat([more, -more]) * weight * log_q
     losses = dict(losses, kl_mask=losses['kl_mask'] + score - score.detach())
     return {k: torch.stack(v.chunk(2)).mean(0) for k, v in losses.items()}
 
-# %% ../../nbs/42_vta.model.ipynb #5b980079
+# %% ../../nbs/42_vta.model.ipynb #225ad2de
 @patch
 def forward(self: VTA,
     batch: dict, # `obs` (B,L,3,H,W) uint8
@@ -484,19 +509,21 @@ def forward(self: VTA,
     x = read_frames(batch['obs'], self.cfg.obs_bit, noise['obs'])
     trace = self.observe(x, noise)
     losses = self.losses(trace, x[:, C:C + T])
+    if self.training: losses['kl_mask'] = losses['kl_mask'] * (1 - self.coin)
     if len(trace.read) > len(x): losses = self.leave_one_out(losses, trace)
     with torch.no_grad():
         metrics = dict(mse=self.mse(losses['obs_cost']), read=trace.read[:, 1:].mean(),
                        q_read=trace.post_logit[:, 1:].softmax(-1)[..., 0].mean(), p_read=trace.prior_logit.softmax(-1)[..., 0].mean())
     return losses, dict(metrics, beta=self.beta)
 
-# %% ../../nbs/42_vta.model.ipynb #5a0e8622
+# %% ../../nbs/42_vta.model.ipynb #bfe3f0c5
 @patch
 def anneal(self: VTA,
     step: int, # updates done
 ):
-    "Set the temperature of this step."
+    "Set the temperature of this step, and the coin's share."
     cfg = self.cfg
+    self.coin = min(1., max(0., 2 - 2*step/cfg.explore)) if cfg.explore else 0.
     self.beta = cfg.max_beta if not cfg.beta_anneal else (cfg.max_beta - cfg.min_beta) * .999**(step/cfg.beta_anneal) + cfg.min_beta
 
 # %% ../../nbs/42_vta.model.ipynb #1d088b3b
