@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BEHAVIORS', 'AgentConfig', 'env_steps', 'Replay', 'DreamerAgent', 'check_causal', 'Player', 'Collector',
-           'collect_callback', 'write_video', 'plot_learning', 'evaluate_callback', 'make_agent', 'train_agent',
-           'save_agent', 'load_agent']
+           'collect_callback', 'write_video', 'plot_learning', 'live_callback', 'evaluate_callback', 'make_agent',
+           'train_agent', 'save_agent', 'load_agent']
 
-# %% ../../nbs/29_dreamer.agent.ipynb #2cd9c564
+# %% ../../nbs/29_dreamer.agent.ipynb #88069dd3
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Optional
@@ -393,6 +393,26 @@ def plot_learning(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
+# %% ../../nbs/29_dreamer.agent.ipynb #bb1ab285
+def live_callback(
+    lines: dict = {}, # {label: return} of other players, dotted
+):                    # fastai callback
+    "`plot_learning` in the notebook, after every evaluation."
+    from fastai.callback.core import Callback
+    from fastcore.imports import IN_NOTEBOOK
+    class Live(Callback):
+        order, main_only, place = 61, True, None
+        def after_epoch(self):
+            if IN_NOTEBOOK and any('eval_return' in row for row in self.recorder.rows): self.draw()
+        def draw(self):
+            import matplotlib.pyplot as plt
+            from IPython.display import display
+            fig = plot_learning(self.recorder.rows, lines)
+            plt.close(fig)                                             # or the notebook would show it once more
+            if self.place: self.place.update(fig)
+            else: self.place = display(fig, display_id=True)
+    return Live()
+
 # %% ../../nbs/29_dreamer.agent.ipynb #ff3933c6
 def evaluate_callback(
     agent: DreamerAgent, # who is tested
@@ -454,7 +474,7 @@ def train_agent(
         facts.update({k: learn.recorder.rows[-1][k] for k in ('eval_return', 'env_steps') if k in learn.recorder.rows[-1]})
     return run
 
-# %% ../../nbs/29_dreamer.agent.ipynb #cd18f9e6
+# %% ../../nbs/29_dreamer.agent.ipynb #22992af4
 def save_agent(
     agent: DreamerAgent, # trained
     run: Run,            # where to
@@ -468,7 +488,8 @@ def load_agent(
     map_location = 'cpu', # device of the weights
 ) -> DreamerAgent: # ready to act: `Player(agent)`
     "Restore an agent."
-    data = load_checkpoint(path, 'agent')
-    agent = DreamerAgent(from_dict(AgentConfig, data['config'], f'in {path}'), data['meta']['discrete'], 'intrinsic' in data['meta']['rewards'])
+    data, known = load_checkpoint(path, 'agent'), {f.name for f in fields(AgentConfig)}
+    cfg = from_dict(AgentConfig, {k: v for k, v in data['config'].items() if k in known}, f'in {path}')     # a command may have keys of its own
+    agent = DreamerAgent(cfg, data['meta']['discrete'], 'intrinsic' in data['meta']['rewards'])
     agent.load_state_dict(data['state'])
     return agent.to(map_location).eval()
