@@ -147,14 +147,16 @@ def forward(self: DreamerWorldModel,
     "All losses of a batch of sequences."
     return self.examine(batch)[:2]
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #944656ca
+# %% ../../nbs/25_dreamer.world_model.ipynb #16ddae18
 @patch
 def examine(self: DreamerWorldModel,
     batch: dict, # as for `forward`
 ) -> tuple: # losses {name: (B, T)}, metrics {name: scalar}, posterior states with leading (B, T)
     "All losses, and the states that an agent dreams on from."
     image = read_images(batch['obs'])
-    embed = self.encoder.embed(image)
+    embed, n = self.encoder.embed(image), len(image)
+    twice = self.training and getattr(self.dynamics, 'samples', 1) == 2           # a second sample of all that the dynamics draw
+    if twice: image, embed, batch = torch.cat([image, image]), torch.cat([embed, embed]), {k: torch.cat([v, v]) for k, v in batch.items()}
     key = getattr(self.dynamics, 'event_key', '')
     if key and key not in batch: raise UserError(f'dynamics.hierarchy.event_key={key}: the episodes have no such key (they have {", ".join(sorted(batch))}); give one of these')
     trace = self.dynamics.observe(embed, batch['act'], batch['first'], **{'event': batch[key]} if key else {})
@@ -167,11 +169,13 @@ def examine(self: DreamerWorldModel,
     if self.representation is not None:
         losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
     if 'open_loop' in self.scales: losses['open_loop'] = self.open_loop_loss(batch, image, trace.post)
+    if 'value' in self.scales: losses['value'] = self.dynamics.value_loss(trace, batch['rew'], batch['first'])
     with torch.no_grad():
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
         if hasattr(self.dynamics, 'metrics'): metrics |= self.dynamics.metrics(trace)
         if 'image' in losses: metrics['psnr'] = -10 * (sum_mse(self.decoder.image(net_out), image).mean() / image[0, 0].numel()).log10()
-    return {k: losses[k] for k in self.scales}, metrics, trace.post
+    if twice: losses = self.dynamics.leave_one_out(losses, self.scales, trace)
+    return {k: losses[k] for k in self.scales}, metrics, {k: v[:n] for k, v in trace.post.items()} if twice else trace.post
 
 # %% ../../nbs/25_dreamer.world_model.ipynb #eb8b2e1a
 @patch

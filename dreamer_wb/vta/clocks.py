@@ -33,7 +33,7 @@ def certain(
     side = NEAR * (2. * tick.detach().float() - 1)
     return torch.cat([side, -side], -1)
 
-# %% ../../nbs/46_vta.clocks.ipynb #55ab6cf2
+# %% ../../nbs/46_vta.clocks.ipynb #76bccd39
 def pressure(
     seg_len: Tensor,     # (B, 1) steps in the segment before this step
     seg_num: Tensor,     # (B, 1) segments of the episode so far
@@ -53,7 +53,7 @@ def push(
     "Add `scale` to one class and take it from the other."
     return logits + scale * torch.cat([direction, -direction], -1)
 
-# %% ../../nbs/46_vta.clocks.ipynb #1bc79c26
+# %% ../../nbs/46_vta.clocks.ipynb #188a8f86
 class Clock(nn.Module):
     "Base of all clocks."
     timed = True   # has a duration head
@@ -66,13 +66,14 @@ class Clock(nn.Module):
         cfg: DynamicsConfig, # sizes, and `hierarchy`
     ):
         super().__init__()
-        self.level, self.cfg = level, cfg
+        self.level, self.cfg, h = level, cfg, cfg.hierarchy
+        self.n_signal = bool(h.event_key) + h.value + h.surprise     # numbers that `vta.dynamics` hands it at every step, in this order
         if self.timed: self.duration = mlp(n_feat, 1, cfg.hidden, cfg.hierarchy.max_duration, cfg.norm, cfg.act)
         self.build(n_below, n_embed, n_action, n_feat)
 
     def build(self, n_below, n_embed, n_action, n_feat): pass               # the networks of one kind of clock
     def noise(self, T, B, sample, like): return [None] * T                  # random numbers of a scan
-    def seen(self, embed, event): return None                               # (B,T,E), (B,T) or None to what forward reads of it
+    def seen(self, embed): return None                                      # (B,T,E) to what forward reads of it
     def extra_repr(self): return f'level={self.level}'
 
 # %% ../../nbs/46_vta.clocks.ipynb #60672163
@@ -108,56 +109,70 @@ def duration_loss(self: Clock,
     pick = lambda x: x.gather(-1, bin.unsqueeze(-1)).squeeze(-1)
     return -torch.where(ends, pick(at_least), pick(logp)) * tick
 
-# %% ../../nbs/46_vta.clocks.ipynb #eb630f57
+# %% ../../nbs/46_vta.clocks.ipynb #c45caeff
 class FixedClock(Clock):
     "Ticks every `every**level` steps."
     timed = False
     def remaining(self, feat, seg_len, sample=True):
         return torch.where(seg_len == 0, 1., (self.cfg.hierarchy.every**self.level - seg_len + 1).clamp(min=1))
 
-    def forward(self, below, act, seen, state, noise, scale, temp):
+    def forward(self, below, act, seen, signal, state, noise, scale, temp, explore=0.):
         tick = state['seg_len'] >= self.cfg.hierarchy.every**self.level
         logits, tick = certain(tick), tick.float()
         return Beat(tick, tick, logits, logits, torch.zeros_like(tick, dtype=torch.bool))
 
-# %% ../../nbs/46_vta.clocks.ipynb #95875fed
+# %% ../../nbs/46_vta.clocks.ipynb #6be4cc79
 class LearnedClock(Clock):
     "Ticks where a network says so (VTA)."
     def build(self, n_below, n_embed, n_action, n_feat):
-        cfg, n_event = self.cfg, int(bool(self.cfg.hierarchy.event_key))
-        self.posterior = Posterior(n_below, n_embed + n_event, 1, cfg.hidden, 2, cfg.norm, cfg.act)
+        cfg = self.cfg
+        self.posterior = Posterior(n_below, n_embed, 1, cfg.hidden, 2, cfg.norm, cfg.act)
         self.prior = mlp(n_below + n_action, 1, cfg.hidden, 2, cfg.norm, cfg.act)
+        if self.n_signal: self.signal = nn.Linear(self.n_signal, cfg.hidden, bias=False)
 
     def noise(self, T, B, sample, like):
         return torch.rand(T, B, 2, device=like.device) * (1 - 2e-4) + 1e-4 if sample else [None] * T
 
-    def seen(self, embed, event):
-        if self.cfg.hierarchy.event_key:
-            event = embed.new_zeros(embed.shape[:2]) if event is None else event
-            embed = torch.cat([embed, event.to(embed).unsqueeze(-1)], -1)
-        return self.posterior.embed(embed)
+    def seen(self, embed): return self.posterior.embed(embed)
 
-# %% ../../nbs/46_vta.clocks.ipynb #2ff23e30
+# %% ../../nbs/46_vta.clocks.ipynb #729aa355
+@patch
+def draw(self: LearnedClock,
+    post: Tensor,       # (B, 2) logits
+    noise: Tensor|None, # (B, 2) uniform; None: the more probable class
+    temp,               # temperature of the relaxed sample
+    explore,            # share of the decisions that the posterior does not make
+) -> Tensor: # (B, 1) 0. or 1.
+    "READ or COPY."
+    c = self.cfg.hierarchy
+    if c.boundary_gradient == 'straight_through' or noise is None: return straight_through(gumbel_logits(post, temp, noise))[..., :1]
+    p = post.detach().softmax(-1)[..., :1]
+    return (noise[..., :1] < p + explore * (min(c.boundary_rate, 1.) - p)).float()
+
+# %% ../../nbs/46_vta.clocks.ipynb #24752df4
 @patch
 def forward(self: LearnedClock,
     below: Tensor,     # (B, F) features of the level below, before the step
     act: Tensor,       # (B, A) action
     seen: Tensor|None, # (B, n) from `seen`; None: the prior decides
+    signal: Tensor|None, # (B, n_signal), None if there are none
     state: dict,       # `seg_len`, `seg_num` (B, 1) before the step
     noise: Tensor|None, # (B, 2) uniform; None: the more probable class
     scale,             # strength of push
     temp,              # temperature of the sample
+    explore = 0.,      # see `draw`
 ) -> Beat:
     "One step."
     c, prior = self.cfg.hierarchy, self.prior(torch.cat([below, act], -1)).float()
     post, direction = prior, pressure(state['seg_len'], state['seg_num'], self.cfg, self.level)
-    if seen is not None: post = self.posterior(below, seen).float()
+    if seen is not None:
+        if self.n_signal and signal is not None: seen = seen + self.signal(signal.sign() * signal.abs().log1p())
+        post = self.posterior(below, seen).float()
     if seen is not None and self.training or c.constrain == 'posterior': prior = push(prior, direction, scale)
     pushed = direction.bool() & (c.constrain == 'posterior') & torch.as_tensor(scale > 0, device=prior.device)
     if c.constrain == 'posterior': post = push(post, direction, scale)
-    tick = straight_through(gumbel_logits(post, temp, noise))[..., :1]
     short = state['seg_len'] < c.min_seg_len
-    tick = tick * ~short
+    tick = self.draw(post, noise, temp, explore if seen is not None and self.training else 0.) * ~short
     return Beat(tick, tick, post, prior, short | pushed)
 
 # %% ../../nbs/46_vta.clocks.ipynb #ee2b1580
@@ -175,7 +190,7 @@ def code_length(
     share = (tick[..., None, None] * probs).sum((0, 1)) / tick.sum().clamp(min=1)     # (K, C)
     return tick * -(share * share.clamp(min=1e-8).log()).sum()
 
-# %% ../../nbs/46_vta.clocks.ipynb #375b7273
+# %% ../../nbs/46_vta.clocks.ipynb #172fc0f0
 class GateClock(Clock):
     "Ticks where a gate of the memory opens (THICK)."
     def build(self, n_below, n_embed, n_action, n_feat): self.gates = nn.Linear(n_below + n_action + n_feat, self.cfg.deter)
@@ -183,7 +198,7 @@ class GateClock(Clock):
     def noise(self, T, B, sample, like):
         return .1 * torch.randn(T, B, self.cfg.deter, device=like.device) if sample else [None] * T
 
-    def forward(self, below, act, seen, state, noise, scale, temp):
+    def forward(self, below, act, seen, signal, state, noise, scale, temp, explore=0.):
         x = self.gates(torch.cat([below, act, state['feat']], -1)).float()
         gate = (x if noise is None else x + noise).tanh().relu()                       # (B, D)
         tick = is_open(gate).amax(-1, keepdim=True)
@@ -196,21 +211,20 @@ def is_open(
     "The step function, straight through."
     return (gate > 0).float() + (gate - gate.detach())
 
-# %% ../../nbs/46_vta.clocks.ipynb #c36e852d
+# %% ../../nbs/46_vta.clocks.ipynb #ec068e2c
 class EventClock(Clock):
     "Ticks where a signal says so."
     def build(self, n_below, n_embed, n_action, n_feat):
-        if not self.cfg.hierarchy.event_key: raise UserError('dynamics.hierarchy.clock=event needs dynamics.hierarchy.event_key: a key of the episodes, e.g. read or rew')
+        h = self.cfg.hierarchy
+        if not (h.event_key or h.value): raise UserError('dynamics.hierarchy.clock=event needs dynamics.hierarchy.event_key, a key of the episodes, e.g. read or rew, or dynamics.hierarchy.value=true')
         self.prior = mlp(n_below + n_action, 1, self.cfg.hidden, 2, self.cfg.norm, self.cfg.act)
 
     noise = LearnedClock.noise
-    def seen(self, embed, event):
-        return None if event is None else (event.abs() > self.cfg.hierarchy.event_threshold).unsqueeze(-1)    # (B, T, 1) bool
 
-    def forward(self, below, act, seen, state, noise, scale, temp):
+    def forward(self, below, act, seen, signal, state, noise, scale, temp, explore=0.):
         prior = self.prior(torch.cat([below, act], -1)).float()
-        tick = straight_through(gumbel_logits(prior, temp, noise))[..., :1] if seen is None else seen.float()
-        return Beat(tick, tick, prior if seen is None else certain(seen), prior, torch.zeros_like(tick, dtype=torch.bool))
+        tick = straight_through(gumbel_logits(prior, temp, noise))[..., :1] if signal is None else (signal[:, :1].abs() > self.cfg.hierarchy.event_threshold).float()
+        return Beat(tick, tick, prior if signal is None else certain(tick), prior, torch.zeros_like(tick, dtype=torch.bool))
 
 def event_signal(
     value: Tensor,  # (B, T) of any type, e.g. `rew`
