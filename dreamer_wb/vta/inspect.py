@@ -6,7 +6,7 @@
 __all__ = ['ALL_READ', 'ALL_COPY', 'BOUNDARY_RULES', 'HEALTHY_SPREAD', 'is_vta', 'open_model', 'world_boundaries', 'run_episodes',
            'facts_of', 'boundary_health', 'boundary_leak', 'diagnose_boundaries', 'sequences_of', 'diagnose_episodes',
            'boundary_windows', 'boundary_checkup', 'plot_boundary_health', 'BoundaryWarning', 'looks_at',
-           'boundary_callback', 'world_callback', 'Findings', 'doctor']
+           'boundary_callback', 'world_scores', 'world_callback', 'Findings', 'doctor']
 
 # %% ../../nbs/49_vta.inspect.ipynb #4d9a97f7
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../../nbs/49_vta.inspect.ipynb #2ecb12db
+# %% ../../nbs/49_vta.inspect.ipynb #65c862a8
 from ..core.config import from_dict, to_dict
 from ..core.runs import Run, UserError, load_checkpoint, progress, read_json, write_json
 from ..data.episodes import EpisodeStore, read_episode
@@ -27,7 +27,7 @@ from ..dreamer.world_model import DreamerWorldModel, read_images
 from .atari import game_events
 from .boundaries import frame_delta, split_episodes
 from .figures import BoundarySettings, boundary_settings, segment_counters
-from .model import VTA, VTAConfig, VTATrainConfig, vta_batches, window_episodes
+from .model import VTA, VTAConfig, VTATrainConfig, boundary_scores, vta_batches, window_episodes
 
 # %% ../../nbs/49_vta.inspect.ipynb #ca6d8c01
 def is_vta(
@@ -406,7 +406,7 @@ def boundary_callback(
             if self.train_iter in times: self.seen = _look(getattr(self.model, 'module', self.model), batch, settings, self.train_iter, self.seen, run)
     return BoundaryDoctor()
 
-# %% ../../nbs/49_vta.inspect.ipynb #dba9a928
+# %% ../../nbs/49_vta.inspect.ipynb #9f7e0990
 def _look(model, batch, settings, step, seen, run):
     "Diagnose, warn at the second look that finds the same, keep the record; whatever happens, training goes on."
     device = next(model.parameters()).device
@@ -424,15 +424,40 @@ def _records(run):
     file = run and run.path/'doctor.json'
     return read_json(file) if file and file.exists() else {}
 
+# %% ../../nbs/49_vta.inspect.ipynb #e7057939
+def world_scores(
+    world:DreamerWorldModel, # with a hierarchy; its mode is left as it was
+    batch:dict, # held-out sequences, as its forward reads them; `read` if the truth is known
+) -> dict: # plain numbers by name
+    "What there is to say about the boundaries of every level, while they are learned."
+    delta, out = np.stack([frame_delta(x) for x in batch['obs'].permute(0, 1, 3, 4, 2).cpu().numpy()]), {}
+    for level in range(1, world.dynamics.n_levels):
+        seen = world_boundaries(world, batch, level)
+        free = ~seen['forced'] & (np.arange(delta.shape[1]) > 0)
+        seen['forced'] = ~free
+        found = boundary_scores(dict(seen, delta=delta, **({'true': batch['read'].cpu().numpy() > .5} if 'read' in batch else {})))
+        reward, read = batch['rew'].cpu().numpy() != 0, seen['read']
+        if reward.any(): found |= {f'reward_{k}': reward[m].mean() if m.any() else math.nan for k, m in (('at_boundary', read & free), ('elsewhere', ~read & free))}
+        out |= {k if level == 1 else f'{k}_{level}': float(v) for k, v in found.items()}
+    return out
+
+# %% ../../nbs/49_vta.inspect.ipynb #54706472
 def world_callback(
     store:EpisodeStore, # validation episodes
     cfg, # a TrainConfig
     run:Run=None, # see boundary_callback
 ): # fastai callback
-    "The same for a world model, from its config."
+    "Logs the scores of a world model's boundaries at every evaluation, and warns as `boundary_callback` does."
     h = cfg.dynamics.hierarchy
-    batch = sample_batch(store, 32, 1 if cfg.repeat > 1 else cfg.batch_length, cfg.repeat, (h.event_key,) if h.event_key else ())
-    return boundary_callback(batch, boundary_settings(to_dict(cfg), 1), run, cfg.loop.steps)
+    keys = ((h.event_key,) if h.event_key else ()) + (('read',) if 'read' in store.keys and h.event_key != 'read' else ())
+    batch = sample_batch(store, 128, 1 if cfg.repeat > 1 else cfg.batch_length, cfg.repeat, keys)
+    doctor = boundary_callback(batch, boundary_settings(to_dict(cfg), 1), run, cfg.loop.steps)
+    def after_epoch():
+        world = getattr(doctor.model, 'module', doctor.model)
+        device = next(world.parameters()).device
+        if world.dynamics.n_levels > 1 and len(batch['obs']): doctor.learn.log(**world_scores(world, {k: v.to(device) for k, v in batch.items()}))
+    doctor.after_epoch = after_epoch
+    return doctor
 
 # %% ../../nbs/49_vta.inspect.ipynb #0230fd39
 class Findings(list):
