@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'CREDIT', 'VTAConfig', 'random_bytes', 'read_frames', 'frames
            'BallsConfig', 'VTALoop', 'VTATrainConfig', 'make_sequences', 'Kept', 'Generated', 'vta_batches',
            'window_episodes', 'boundary_scores', 'watch_callback', 'save_film', 'train_vta']
 
-# %% ../../nbs/42_vta.model.ipynb #aeac428b
+# %% ../../nbs/42_vta.model.ipynb #21d968c7
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -30,8 +30,7 @@ from ..data.episodes import Batches, EpisodeStore, Sequential
 from ..dreamer.distributions import Gaussian
 from ..dreamer.world_model import pick_device
 from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_episodes
-from .bouncing_balls import bouncing_balls, color_patterns, show_sequences
-from .maze import maze_sequences
+from .maze import SOURCES, draw_sequences
 
 # %% ../../nbs/42_vta.model.ipynb #124193a2
 @dataclass
@@ -629,7 +628,7 @@ class VTALoop(LoopConfig):
     warmup: float = at_least(0.0, 0) # over what share of the steps the learning rate rises from 0; 1 or more: over how many steps
     clip: float = at_least(10.0, 0) # largest norm of the gradient, 0 = no clipping
 
-# %% ../../nbs/42_vta.model.ipynb #f58b28d2
+# %% ../../nbs/42_vta.model.ipynb #c71a7358
 @dataclass
 class VTATrainConfig(VTAConfig):
     "Everything that `dreamer-wb train` reads for a VTA."
@@ -638,7 +637,7 @@ class VTATrainConfig(VTAConfig):
     runs_dir: str = 'runs' # folder of all runs
     seed: int = at_least(111, 0) # seed of weights, data and noise
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
-    env_type: str = choice('bouncing_balls', 'simple_colors', 'conditional_colors', '3d_maze') # sequences that are made during training
+    env_type: str = choice(*SOURCES) # sequences that are made during training
     data_dir: str = '' # folder of episodes with train/ and val/ inside, instead of env_type; true boundaries under the key read
     data_mode: str = choice('infinite', 'fixed') # new sequences at every step, or epoch_data_size of them again and again
     epoch_data_size: int = at_least(24_000, 1) # number of sequences if data_mode=fixed
@@ -651,7 +650,7 @@ class VTATrainConfig(VTAConfig):
     doctor: bool = True # look at the boundaries while they are learned and warn if they have collapsed
     loop: VTALoop = field(default_factory=VTALoop) # training loop
 
-# %% ../../nbs/42_vta.model.ipynb #67bc8152
+# %% ../../nbs/42_vta.model.ipynb #8a883321
 def make_sequences(
     cfg: VTATrainConfig, # env_type, dt, balls, maze_seed, seq_size, init_size
     n: int,              # sequences
@@ -659,9 +658,7 @@ def make_sequences(
 ) -> dict: # tensors obs (n,L,3,H,W) uint8, read (n,L) bool
     "Sequences of `seq_size + 2 init_size` frames with their true boundaries."
     L = cfg.seq_size + 2*cfg.init_size
-    if cfg.env_type == 'bouncing_balls': data = bouncing_balls(n, L, seed, size=cfg.size, dt=cfg.dt, **to_dict(cfg.balls))
-    elif cfg.env_type == '3d_maze': data = maze_sequences(n, L, seed, cfg.maze_seed, cfg.size)
-    else: data = color_patterns(n, L, seed, kind=cfg.env_type.partition('_')[0], size=cfg.size)
+    data = draw_sequences(cfg.env_type, n, L, seed, cfg.size, cfg.maze_seed, dt=cfg.dt, **to_dict(cfg.balls))
     return dict(obs=torch.from_numpy(data['obs']).permute(0, 1, 4, 2, 3).contiguous(), read=torch.from_numpy(data['read']))
 
 # %% ../../nbs/42_vta.model.ipynb #ebafd6c8
