@@ -83,7 +83,7 @@ def _add_arrow(out, torque):
         flat[i] = np.rint(flat[i]*(1 - share) + colour)
     return flat.reshape(out.shape)
 
-# %% ../../nbs/27_dreamer.envs.ipynb #d7799460
+# %% ../../nbs/27_dreamer.envs.ipynb #3ebfca9e
 _reach_moves = np.array([(0, 0), (0, -1), (1, 0), (0, 1), (-1, 0)])              # x, y of stay, up, right, down, left
 
 def draw_reach(
@@ -92,11 +92,9 @@ def draw_reach(
     cells: int = 4,    # cells in a row
     size: int = 16,    # side of the picture
 ) -> np.ndarray: # (size,size,3) uint8
-    "The grid from above; the square covers the middle of its cell, so that a goal below it stays visible."
-    out, side = np.full((size, size, 3), 30, np.uint8), size//cells
-    (x, y), (i, j) = np.asarray(goal)*side, np.asarray(place)*side
-    out[y:y + side, x:x + side] = 60, 180, 75
-    out[j + side//4:j + side - side//4, i + side//4:i + side - side//4] = 230, 50, 47
+    "The grid from above: red is the square, green the goal, yellow both."
+    out, side, met = np.full((size, size, 3), 128, np.uint8), size//cells, np.array_equal(place, goal)
+    for (x, y), colour in ((goal, (40, 200, 60)), (place, (250, 220, 40) if met else (230, 50, 47))): out[y*side:(y + 1)*side, x*side:(x + 1)*side] = colour
     return out
 
 # %% ../../nbs/27_dreamer.envs.ipynb #65698a25
