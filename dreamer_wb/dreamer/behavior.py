@@ -20,7 +20,7 @@ from .distributions import Bernoulli, Categorical, Gaussian, TwoHot, symexp_bins
 from .networks import mlp
 from .world_model import DreamerWorldModel
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #7e101fe9
+# %% ../../nbs/28_dreamer.behavior.ipynb #8be8600f
 @dataclass
 class DirectorConfig:
     "Managers above the actor, see `vta.director`."
@@ -33,6 +33,7 @@ class DirectorConfig:
     classes: int = at_least(8, 2) # values of each
     kl: float = at_least(0.6, 0) # wanted KL of codes to the uniform distribution, as a share of the largest possible one
     explore: float = at_least(0.1, 0) # weight of the reward for states that the goal autoencoder does not know
+    absorb: bool = True # to have reached a goal pays for ever where an episode ends with it; False: it stops paying (Director), and a worker avoids ends
     below: float = at_least(0.0, 0) # weight of the task's reward for worker and middle managers: 0 Director, 1 Hieros
     entropy: float = at_least(1e-2, 0) # what an undecided manager is worth, per nat
 
