@@ -66,7 +66,7 @@ class DecoderConfig:
     mixtures: int = at_least(10, 1) # logistic_mixture only: logistics in each pixel
     patch: int = at_least(0, 0) # vit only: side of a patch in pixels, a divisor of size; 0 = about 12 patches a side
 
-# %% ../../nbs/00_core.config.ipynb #17715ff2
+# %% ../../nbs/00_core.config.ipynb #b4d14d15
 @dataclass
 class HierarchyConfig:
     "Levels above the recurrent state-space model and the clocks that drive them, see `vta.dynamics`."
@@ -92,6 +92,7 @@ class HierarchyConfig:
     advantage: float = at_least(5.0, 0) # leave_one_out: standard deviation in nats that differences in cost are scaled to, 0: as they are
     explore: float = at_least(0.0, 0) # leave_one_out: share of the decisions that are drawn at boundary_rate at first
     explore_steps: int = at_least(0, 0) # updates in which that falls to 0; 0 = it stays
+    change: bool = False # learned, length: the posterior also reads how far the features of the image are from those of the step before
     surprise: bool = False # learned, length: the posterior also reads how far level 0, without a tick, is from what it expected
     value: bool = False # learned, length, event: the change of a value estimate is read as well; a critic learns it from `rew`
     value_discount: float = at_least(0.9, 0) # of later rewards in it

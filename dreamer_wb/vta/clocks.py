@@ -53,7 +53,7 @@ def push(
     "Add `scale` to one class and take it from the other."
     return logits + scale * torch.cat([direction, -direction], -1)
 
-# %% ../../nbs/46_vta.clocks.ipynb #188a8f86
+# %% ../../nbs/46_vta.clocks.ipynb #6a3ac06e
 class Clock(nn.Module):
     "Base of all clocks."
     timed = True   # has a duration head
@@ -73,7 +73,7 @@ class Clock(nn.Module):
 
     def build(self, n_below, n_embed, n_action, n_feat): pass               # the networks of one kind of clock
     def noise(self, T, B, sample, like): return [None] * T                  # random numbers of a scan
-    def seen(self, embed): return None                                      # (B,T,E) to what forward reads of it
+    def seen(self, embed, before): return None                              # (B,T,E) and the embeddings of the steps before, to what forward reads of them
     def extra_repr(self): return f'level={self.level}'
 
 # %% ../../nbs/46_vta.clocks.ipynb #60672163
@@ -121,19 +121,20 @@ class FixedClock(Clock):
         logits, tick = certain(tick), tick.float()
         return Beat(tick, tick, logits, logits, torch.zeros_like(tick, dtype=torch.bool))
 
-# %% ../../nbs/46_vta.clocks.ipynb #6be4cc79
+# %% ../../nbs/46_vta.clocks.ipynb #249ee87a
 class LearnedClock(Clock):
     "Ticks where a network says so (VTA)."
     def build(self, n_below, n_embed, n_action, n_feat):
         cfg = self.cfg
-        self.posterior = Posterior(n_below, n_embed, 1, cfg.hidden, 2, cfg.norm, cfg.act)
+        self.posterior = Posterior(n_below, n_embed * (1 + cfg.hierarchy.change), 1, cfg.hidden, 2, cfg.norm, cfg.act)
         self.prior = mlp(n_below + n_action, 1, cfg.hidden, 2, cfg.norm, cfg.act)
         if self.n_signal: self.signal = nn.Linear(self.n_signal, cfg.hidden, bias=False)
 
     def noise(self, T, B, sample, like):
         return torch.rand(T, B, 2, device=like.device) * (1 - 2e-4) + 1e-4 if sample else [None] * T
 
-    def seen(self, embed): return self.posterior.embed(embed)
+    def seen(self, embed, before):
+        return self.posterior.embed(torch.cat([embed, (embed - before).abs()], -1) if self.cfg.hierarchy.change else embed)
 
 # %% ../../nbs/46_vta.clocks.ipynb #729aa355
 @patch

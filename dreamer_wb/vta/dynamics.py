@@ -44,7 +44,7 @@ def obs_names(
     "Level 0 under the names of seed 004 as well; the tensors are shared."
     return {**state, **{f"obs_{'belief' if n == 'deter' else n}": v for n, v in part(state, 0).items()}}
 
-# %% ../../nbs/47_vta.dynamics.ipynb #5ef2eb22
+# %% ../../nbs/47_vta.dynamics.ipynb #26a16f12
 class HierarchicalDynamics(RSSM):
     "Levels of recurrent state-space models that tick at their own pace."
     def __init__(self,
@@ -59,7 +59,7 @@ class HierarchicalDynamics(RSSM):
         self.clocks = nn.ModuleList(clock(l, self.n_feat, n_embed, n_action, self.n_feat, cfg) for l in upper)
         self.context = nn.ModuleList(nn.Linear(self.n_feat, cfg.deter, bias=False) for _ in upper)
         self.summary = nn.ModuleList(nn.Linear(self.n_feat, first, bias=False) for _ in upper)
-        self.levels, self.event_key = [self, *self.uppers], h.event_key if h.levels > 1 else ''
+        self.n_embed, self.levels, self.event_key = n_embed, [self, *self.uppers], h.event_key if h.levels > 1 else ''
         learned = h.clock in ('learned', 'length')
         wanted = dict(sparsity=h.sparsity if h.clock == 'gate' else 0, code=h.code if h.clock == 'length' else 0, tick_rate=h.boundary_scale if learned else 0,
                       duration=1. if h.clock != 'fixed' else 0, signal=h.signal_scale if h.value or h.event_key else 0, value=1. if h.value else 0)
@@ -83,7 +83,7 @@ def schedule(self: HierarchicalDynamics) -> tuple: # scale of the push (nats), t
     force, explore = (x * (1 - progress(n)) for x, n in ((h.boundary_force_scale, h.boundary_force_steps), (h.explore, h.explore_steps)))
     return force, h.boundary_temp + warm * (h.boundary_temp_end - h.boundary_temp), explore
 
-# %% ../../nbs/47_vta.dynamics.ipynb #e3506ef3
+# %% ../../nbs/47_vta.dynamics.ipynb #d41bfb34
 @patch
 def initial(self: HierarchicalDynamics,
     B: int, # batch size
@@ -94,6 +94,7 @@ def initial(self: HierarchicalDynamics,
     for l, level in enumerate(self.uppers, 1):
         state |= {key(l, k): v for k, v in RSSM.initial(level, B).items()}
         state |= {key(l, k): zero for k in ('boundary', 'seg_len', 'seg_num')} | {key(l, 'boundary_logit'): zero.expand(B, 2)}
+    if self.n_levels > 1 and self.cfg.hierarchy.change: state['embed'] = zero.expand(B, self.n_embed)
     return obs_names(state | ({'value': zero} if 'value' in self.scales else {}))
 
 @patch
@@ -222,7 +223,7 @@ def count(self: HierarchicalDynamics,
                 key(l, 'seg_len'): torch.where(tick, 1., state[key(l, 'seg_len')] + steps), key(l, 'seg_num'): state[key(l, 'seg_num')] + tick}
     return out
 
-# %% ../../nbs/47_vta.dynamics.ipynb #c86599a0
+# %% ../../nbs/47_vta.dynamics.ipynb #ccaa4512
 @patch
 def observe(self: HierarchicalDynamics,
     embed: Tensor,             # (B, T, E) embedded images
@@ -238,13 +239,15 @@ def observe(self: HierarchicalDynamics,
     keep, sample = (~first).float().unsqueeze(-1), self.training if sample is None else sample
     act = act * keep
     event = [None] * T if event is None else event_signal(event, first, self.cfg.hierarchy.event_change).unsqueeze(-1).unbind(1)
-    seen, critic = [c.seen(embed) for c in self.clocks], [None] * T
+    state, changing = self.initial(B) if state is None else state, self.n_levels > 1 and self.cfg.hierarchy.change
+    before = torch.cat([state['embed'].unsqueeze(1), embed[:, :-1]], 1) * keep if changing else None       # (B, T, E)
+    seen, critic = [c.seen(embed, before) for c in self.clocks], [None] * T
     if 'value' in self.scales: critic = self.critic.embed(embed.detach()).unbind(1)
     steps = dict(act=act.unbind(1), keep=keep.unbind(1), action=by_step([RSSM.project_action(l, act) for l in self.levels], T),
                  embedded=by_step([l.posterior.embed(embed) for l in self.levels], T), seen=by_step(seen, T), event=event, critic=critic,
                  noise=list(zip(*[RSSM.noise(l, T, B, sample=sample) for l in self.levels])), tick_noise=self.tick_noise(T, B, sample))
-    post, beats = self.run(state or self.initial(B), [dict(zip(steps, s)) for s in zip(*steps.values())])
-    return self.trace(obs_names(post), beats, first)
+    post, beats = self.run(state, [dict(zip(steps, s)) for s in zip(*steps.values())])
+    return self.trace(obs_names(post | ({'embed': embed} if changing else {})), beats, first)
 
 # %% ../../nbs/47_vta.dynamics.ipynb #731470c2
 def by_step(
@@ -319,7 +322,7 @@ def obs_step(self: HierarchicalDynamics,
     post = self.observe(embed.unsqueeze(1), act.unsqueeze(1), first.unsqueeze(1), state, sample, event).post
     return {k: v[:, 0] for k, v in post.items()}
 
-# %% ../../nbs/47_vta.dynamics.ipynb #dcc30456
+# %% ../../nbs/47_vta.dynamics.ipynb #9ece066e
 @patch
 def img_step(self: HierarchicalDynamics,
     state: dict,              # leading (B,)
@@ -343,7 +346,7 @@ def jump_step(self: HierarchicalDynamics,
     beats = self.beats(state, act, none, None, self.tick_noise(1, B)[0], dt, level)
     noise = [RSSM.noise(l, 1, B, sample=sample)[0] for l in self.levels]
     new = self.move(state, beats, [RSSM.project_action(l, act) for l in self.levels], None, noise)
-    kept = {k: state[k] for k in ('value', 'signal') if k in state}                         # nothing new is known of these
+    kept = {k: state[k] for k in ('value', 'signal', 'embed') if k in state}                         # nothing new is known of these
     return obs_names(new | self.count(state, beats, dt) | kept), dt
 
 # %% ../../nbs/47_vta.dynamics.ipynb #82f073ea

@@ -1,0 +1,174 @@
+"""Clocks of a hierarchy beside one another: which find the boundaries of a sequence, inside a world model, and what does that do to its predictions?
+
+    python nbs/experiments/clocks.py                                   # everything that is not in the results yet
+    python nbs/experiments/clocks.py --only ball/learned --seeds 3 4   # some of it
+    python nbs/experiments/clocks.py --list
+
+One run at a time, each a world model of 16-pixel images trained for a fixed number of updates; results/clocks.json is written after each.
+Settings were found with seed 0 and 1 of the data of the same names; the seeds of the table are 10, 11, 12.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dreamer_wb.core.config import TrainConfig, compose
+from dreamer_wb.core.learner import fit, set_seed
+from dreamer_wb.core.runs import read_json, write_json
+from dreamer_wb.dreamer.world_model import DreamerWorldModel, open_loop, read_images
+from dreamer_wb.vta.boundaries import baselines, boundary_prf, evaluate_boundaries, frame_delta, offset_scan, ranking, stack_episodes
+from dreamer_wb.vta.bouncing_balls import COLORS, big_ball, color_patterns
+from dreamer_wb.vta.inspect import world_boundaries
+
+HERE = Path(__file__).parent
+RESULTS = HERE/'results'/'clocks.json'
+T, SIZE, CONTEXT = 12, 16, 6
+
+
+def colors(n, seed):
+    "Simple Colors, cut out of longer sequences, so that the first frame says nothing about the next boundary."
+    data, at = color_patterns(n, T + 2, seed, size=SIZE), np.random.default_rng([seed, 1]).integers(0, 3, n)
+    return {k: np.stack([x[i, a:a + T] for i, a in enumerate(at)]) for k, x in data.items()}
+
+
+def ball(n, seed):
+    "One big ball that changes its colour at the walls."
+    return big_ball(n, T, seed, size=SIZE, radius=4., speed=1., noise=.025)
+
+
+def planted(n, seed):
+    "Colours in patterns of 3 to 5 frames; the third frame of every blue one brings a reward, and no pixel changes there."
+    rng, count = np.random.default_rng(seed), 2 + T//3
+    length, number = rng.integers(3, 6, (n, count)), rng.choice(3, (n, count), p=[.4, .2, .4])
+    start, t = np.cumsum(length, 1) - length - rng.integers(0, 3, (n, 1)), np.arange(T)          # (n,count); (T,)
+    which = (start[:, None] <= t[:, None]).sum(-1) - 1                                          # (n,T) number of the pattern
+    colour, age = np.take_along_axis(number, which, 1), t - np.take_along_axis(start, which, 1)
+    obs = np.broadcast_to(COLORS[colour][:, :, None, None], (n, T, SIZE, SIZE, 3))
+    return dict(obs=np.ascontiguousarray(obs), read=age == 0, rew=((colour == 0) & (age == 2)).astype(np.float32))
+
+
+DATA = dict(colors=colors, ball=ball, planted=planted)
+BASE = ['size=16', 'encoder.depth=8', 'decoder.depth=8', 'encoder.mults=[1,2]', 'decoder.mults=[1,2]', 'dynamics.name=hierarchy', 'dynamics.stoch=8', 'dynamics.deter=64',
+        'dynamics.hidden=64', 'dynamics.blocks=1', 'dynamics.free_nats=0', 'loop.lr=3e-3', 'loop.progress=false', 'loop.tensorboard=false', 'loop.eval_every=0', 'loop.amp=off']
+
+
+def h(**settings): return [f'dynamics.hierarchy.{k}={v}' for k, v in settings.items()]
+
+
+COMMON = [*h(max_seg_len=0, max_duration=16, boundary_rate=.2), 'scales.rep=.5', 'scales.dyn=.5']
+LEARNED = [*COMMON, *h(boundary_gradient='leave_one_out', change='true')]
+METHODS = {
+    'learned': LEARNED,                                                                   # VTA-Dreamer, as it is meant to be used
+    'no_change': [*LEARNED, *h(change='false')],
+    'straight_through': [*COMMON, *h(boundary_gradient='straight_through', max_seg_len=10)],     # VTA-Dreamer, the way of the seed
+    'length': [*LEARNED, *h(clock='length'), 'dynamics.latent=categorical', 'dynamics.stoch=4', 'dynamics.classes=8'],   # LOVE
+    'gate': [*COMMON, *h(clock='gate', on_tick='keep', sparsity=10)],                    # THICK
+    'fixed': [*COMMON, *h(clock='fixed', every=3, on_tick='keep')],                      # CW-VAE
+    'oracle': [*COMMON, *h(clock='event', event_key='read')],
+    'rssm': [*COMMON, *h(levels=1)],
+    'learned_3': [*LEARNED, *h(levels=3)],
+    'fixed_3': [*COMMON, *h(clock='fixed', every=3, on_tick='keep', levels=3)],
+    'informed': [*LEARNED, *h(value='true', signal_scale=30)],                           # value-informed: the clock reads the change of a value estimate
+    'value_event': [*COMMON, *h(clock='event', value='true', event_threshold=.3)],       # ticks where the estimate jumps
+}
+STEPS = dict(colors=300, ball=600, planted=400)
+RUNS = [*(f'colors/{m}' for m in ('learned', 'straight_through', 'length', 'gate', 'fixed', 'rssm', 'oracle', 'no_change', 'learned_3', 'fixed_3')),
+        *(f'planted/{m}' for m in ('learned', 'informed', 'value_event')), *(f'ball/{m}' for m in ('learned', 'straight_through', 'fixed', 'oracle'))]
+
+
+def batch_of(name, n, seed):
+    "Tensors of `n` sequences, as a world model reads them."
+    data = DATA[name](n, seed)
+    out = dict(obs=torch.from_numpy(data['obs']).permute(0, 1, 4, 2, 3).contiguous(), act=torch.zeros(n, T, 1), first=(torch.arange(T) == 0).repeat(n, 1))
+    data['read'] = data['read'].copy(); data['read'][:, 0] = True
+    return out | {k: torch.from_numpy(data[k]).float() for k in ('read', 'rew') if k in data}
+
+
+def scores(world, batch):
+    "Boundaries of every level against the truth, and open-loop error."
+    true, levels = batch['read'].bool().numpy(), range(1, world.dynamics.n_levels)
+    out, delta = {}, np.stack([frame_delta(x.permute(0, 2, 3, 1).numpy()) for x in batch['obs']])
+    for l in levels:
+        b = world_boundaries(world, batch, l)
+        s = ~b['forced']
+        eps = dict(read=b['read'], read_prob=b['read_prob'], forced=b['forced'], delta=delta, true=true)
+        if 'rew' in batch: eps['rew'] = batch['rew'].numpy()
+        d = stack_episodes(eps)
+        r = boundary_prf(b['read'], true, 0, ~d['scored'])
+        row = {k: r[k] for k in ('precision', 'recall', 'f1')} | dict(rate=b['read'][d['scored']].mean(), true_rate=true[d['scored']].mean(), auc=ranking(b['read_prob'][d['scored']], true[d['scored']])[0],
+               early=offset_scan(b['read'], true, 1, ~d['scored'])[1])
+        for name, pred in baselines(d, draws=20).items():
+            if name != 'every frame': row['f1_' + name.replace(' ', '_')] = float(np.mean([boundary_prf(p, true, 0, ~d['scored'])['f1'] for p in pred]))
+        out[f'level_{l}'] = {k: float(v) for k, v in row.items()}
+    was = world.training
+    world.eval()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        dream = open_loop(world, batch, CONTEXT)
+        error = (dream - read_images(batch['obs'])).square().mean((0, 2, 3, 4))
+    world.train(was)
+    return out | dict(reconstruction=float(error[:CONTEXT].mean()), open_loop=float(error[CONTEXT:].mean()), open_loop_by_step=error[CONTEXT:].tolist())
+
+
+def config(name, method, seed, steps):
+    "The config of a run."
+    return compose(TrainConfig, [*BASE, *METHODS[method], f'seed={seed}', f'loop.steps={steps}'])
+
+
+def train(name, method, seed, steps=None, evals=4):
+    "One run: the scores along the way and in the end, and the CPU seconds of its updates alone."
+    from fastai.callback.core import Callback
+    cfg, pool, held = config(name, method, seed, steps or STEPS[name]), batch_of(name, 2000, [seed, 0]), batch_of(name, 200, [seed, 1])
+    set_seed(seed)
+    world, curve, spent, every = DreamerWorldModel(cfg), [], [0.], cfg.loop.steps//evals
+    def batches(step):
+        i = torch.from_numpy(np.random.default_rng([seed, 2, step]).integers(0, 2000, 16))
+        return {k: v[i] for k, v in pool.items()}
+    class Watch(Callback):
+        def before_fit(self): self.start = time.process_time()
+        def after_batch(self):
+            if not self.training or self.train_iter % every: return
+            spent[0] += time.process_time() - self.start
+            curve.append(dict(step=self.train_iter, cpu_seconds=spent[0]) | scores(world, held))
+            print(name, method, seed, {k: round(v, 3) for k, v in (curve[-1].get('level_1', {}) | dict(cpu=spent[0], open_loop=curve[-1]['open_loop'])).items() if k in ('precision', 'recall', 'f1', 'auc', 'rate', 'cpu', 'open_loop')}, flush=True)
+            self.start = time.process_time()
+    fit(world, batches, cfg.loop, cbs=[Watch()])
+    out = dict(curve=curve, examples=examples(world, held), parameters=sum(p.numel() for p in world.parameters()))
+    if 'rew' in held: out['events'] = against_rewards(world, held)
+    return out
+
+
+def examples(world, batch, n=8):
+    "Decisions on the first sequences."
+    return dict(true=batch['read'][:n].bool().tolist()) | {f'level_{l}': world_boundaries(world, batch, l)['read'][:n].tolist() for l in range(1, world.dynamics.n_levels)}
+
+
+def against_rewards(world, batch):
+    "The statistics of `vta.boundaries` for rewards as events: rate at and off boundaries, lift, AUC, permutation test."
+    b = world_boundaries(world, batch, 1)
+    eps = dict(read=b['read'], read_prob=b['read_prob'], forced=b['forced'], rew=batch['rew'].numpy())
+    eps['delta'] = np.stack([frame_delta(x.permute(0, 2, 3, 1).numpy()) for x in batch['obs']])
+    result = evaluate_boundaries(eps, tol=(0,), words=['reward'], kind='circular', n=2000, draws=1000)
+    d = stack_episodes(eps)
+    plain = boundary_prf(d['read'], d['rew'] != 0, 0, ~d['scored'])
+    return dict(rows=result['events'], verdicts=result['verdicts'], **{k: plain[k] for k in ('precision', 'recall', 'f1')})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='*', default=RUNS, choices=RUNS, metavar='DATA/METHOD', help='which runs')
+    parser.add_argument('--seeds', nargs='*', type=int, default=[10, 11, 12])
+    parser.add_argument('--list', action='store_true', help='print the names of the runs and stop')
+    args = parser.parse_args()
+    if args.list: return print('\n'.join(RUNS))
+    torch.set_num_threads(1)
+    for seed in args.seeds:
+        for run in args.only:
+            if RESULTS.exists() and f'{run}/{seed}' in read_json(RESULTS): continue
+            out = train(*run.split('/'), seed)
+            write_json(RESULTS, dict(read_json(RESULTS) if RESULTS.exists() else {}, **{f'{run}/{seed}': out}))
+
+
+if __name__ == '__main__': main()
