@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'MODELS', 'soften', 'Judges', 'train_judges', 'request', 'edited', 'region_psnr', 'region_ssim', 'frechet',
            'monotone', 'probe_accuracy', 'leak_test', 'edit_report', 'plot_examples', 'image_features', 'stacked',
-           'training_images', 'encode_rows', 'retrain', 'robustness', 'errors_removed']
+           'training_images', 'even_classes', 'encode_rows', 'retrain', 'robustness', 'errors_removed']
 
 # %% ../../nbs/64_concepts.counterfactuals.ipynb #16b6a97b
 import math
@@ -44,7 +44,7 @@ class Judges:
 
 def _rows(obs, label=None): return Features(obs.cpu().numpy(), *[np.zeros(len(obs), int) if label is None else np.asarray(label)]*2)
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #ca66b033
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #de9bb43f
 def train_judges(
     scenes: Scenes,    # images that nobody else is trained on, the four groups about equally frequent
     epochs: int = 8,   # passes over them and their softened copies
@@ -56,7 +56,7 @@ def train_judges(
         torch.manual_seed(seed)
         data = _rows(obs, answer.repeat(2))
         net = small_cnn(obs.shape[-1])
-        nets[name] = train_classifier(net, data, data, epochs=epochs, evals=1, seed=seed).net
+        nets[name] = train_classifier(net, data, data, epochs=epochs, evals=1, seed=seed, amp='auto').net
     return Judges(**nets)
 
 # %% ../../nbs/64_concepts.counterfactuals.ipynb #46c502cb
@@ -255,6 +255,17 @@ def training_images(
     if 'edits' not in way: return stacked(*[factual] * dict(copies=3).get(way, 1))
     made = [image_features(edited(d, scenes, p, seed + p), scenes.label, p) for p in (0, 1)]
     return stacked(*([factual] if '+' in way else []), *made)
+
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #e5591e3e
+def even_classes(
+    rows: Features, # training images or latents
+    seed: int = 0,  # which ones are repeated first
+) -> Features: # all rows, those of the rarer class repeated
+    "Both classes equally often."
+    n = np.bincount(rows.label, minlength=2)
+    few = np.random.default_rng(seed).permutation(np.flatnonzero(rows.label == n.argmin()))
+    i = np.concatenate([np.arange(len(rows)), np.resize(few, n.max() - n.min())])
+    return Features(rows.x[i], rows.label[i], rows.place[i])
 
 # %% ../../nbs/64_concepts.counterfactuals.ipynb #266175b2
 def encode_rows(

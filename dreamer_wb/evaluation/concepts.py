@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #c6f77ecd
+# %% ../../nbs/77_evaluation.concepts.ipynb #2db36934
 from ..classifier.compare import few_threads, to_markdown
 from ..classifier.latents import balanced_draw
 from ..classifier.metrics import group_counts, seed_interval
-from ..concepts.counterfactuals import (MODELS, Judges, edit_report, edited, encode_rows, errors_removed, image_features, plot_examples, retrain, robustness,
+from ..concepts.counterfactuals import (MODELS, Judges, edit_report, edited, encode_rows, errors_removed, even_classes, image_features, plot_examples, retrain, robustness,
                                                  train_judges, training_images)
 from ..concepts.directions import EncoderHead
 from ..concepts.env import draw_scenes, read_scenes
@@ -41,30 +41,32 @@ EDITS = {
     'random direction': 'latent moved as far in a random direction',
 }
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #8110c76d
+# %% ../../nbs/77_evaluation.concepts.ipynb #cd6132fe
 @dataclass(frozen=True)
 class Recipe:
     "How a classifier is retrained."
-    rows: str          # images to train on, see concepts.counterfactuals.WAYS
-    edit: str = ''     # a key of EDITS
+    rows: str           # images to train on, see concepts.counterfactuals.WAYS
+    edit: str = ''      # a key of EDITS
+    even: bool = False  # both classes equally often
     method: str = 'erm' # see classifier.methods
-    needs: str = ''    # what has to be known beyond labels
+    needs: str = ''     # what has to be known beyond labels
 
+_MASKS, _GROUPS = 'places, masks', 'groups of train and val'
 RECIPES = {
     'as is': Recipe('as is'),
-    'world model': Recipe('edits', 'world model', needs='places, masks of a share'),
-    'factual + world model': Recipe('factual + edits', 'world model', needs='places, masks of a share'),
-    'reconstructions + world model': Recipe('reconstructions + edits', 'world model', needs='places, masks of a share'),
-    'cut-outs': Recipe('edits', 'cut-out', needs='places, masks of a share'),
-    'factual + cut-outs': Recipe('factual + edits', 'cut-out', needs='places, masks of a share'),
-    'exact, same masks': Recipe('edits of the masked', 'exact', needs='places, masks of a share'),
-    'exact edits': Recipe('edits', 'exact', needs='places, all masks'),
-    'factual + exact edits': Recipe('factual + edits', 'exact', needs='places, all masks'),
-    'plain copies': Recipe('copies'),
-    'mean shift': Recipe('factual + edits', 'mean shift', needs='places'),
-    'random direction': Recipe('factual + edits', 'random direction'),
-    'group-balanced': Recipe('as is', method='group_balanced', needs='groups of train and val'),
-    'GroupDRO': Recipe('as is', method='group_dro', needs='groups of train and val'),
+    'as is, classes even': Recipe('as is', even=True),
+    'plain copies': Recipe('copies', even=True),
+    'random direction': Recipe('factual + edits', 'random direction', True),
+    'mean shift': Recipe('factual + edits', 'mean shift', True, needs='places'),
+    'world model': Recipe('edits', 'world model', True, needs=_MASKS),
+    'factual + world model': Recipe('factual + edits', 'world model', True, needs=_MASKS),
+    'reconstructions + world model': Recipe('reconstructions + edits', 'world model', True, needs=_MASKS),
+    'cut-outs': Recipe('edits', 'cut-out', True, needs=_MASKS),
+    'exact of the masked': Recipe('edits of the masked', 'exact', True, needs=_MASKS),
+    'exact edits': Recipe('edits', 'exact', True, needs='places, all masks'),
+    'factual + exact edits': Recipe('factual + edits', 'exact', True, needs='places, all masks'),
+    'group-balanced': Recipe('as is', method='group_balanced', needs=_GROUPS),
+    'GroupDRO': Recipe('as is', method='group_dro', needs=_GROUPS),
     'DFR': Recipe('as is', method='dfr', needs='groups of val'),
 }
 
@@ -74,7 +76,7 @@ def _stage_c() -> ConceptTrainConfig: # the preset `waterbirds_concept_cpu`
     "How edits are learned unless told otherwise."
     return compose(ConceptTrainConfig, ['experiment=waterbirds_concept_cpu'])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #2a386931
+# %% ../../nbs/77_evaluation.concepts.ipynb #82f5d0da
 @dataclass
 class ConceptsConfig:
     "Everything that `dreamer-wb concepts` reads."
@@ -88,7 +90,7 @@ class ConceptsConfig:
     seeds: List[int] = items(0) # of the classifiers; three or more give intervals
     seed: int = at_least(0, 0) # of everything else
     images: int = at_least(600, 40) # held-out images on which edits are measured
-    judge_images: int = at_least(1200, 80) # images that the judges are trained on
+    judge_images: int = at_least(3000, 80) # images that the judges are trained on
     head_steps: int = at_least(600, 1) # updates of a head on latents
     cnn_steps: int = at_least(380, 1) # updates of the small CNN
     looks_per_group: int = at_least(25, 4) # test images of each group for TCAV, Grad-CAM and corruptions
@@ -268,7 +270,7 @@ def save(self: Study, fig, name):
     with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', dpi=100)
     plt.close(fig)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #00f4111e
+# %% ../../nbs/77_evaluation.concepts.ipynb #34b53bb1
 @patch
 def _tests(self: Study, form): # 'cnn' or 'latent' -> validation, test, (birds on land, birds on water), as images or as latents
     "What classifiers are chosen and tested on."
@@ -290,7 +292,8 @@ def rows_for(self: Study,
     "The training images of a recipe."
     how = RECIPES[recipe]
     scenes = self.masked if 'masked' in how.rows else self.scenes['train']
-    return training_images(how.rows, scenes, how.edit and self.edit(how.edit) or None, self.world, seed=100 + self.cfg.seed)
+    made = training_images(how.rows, scenes, self.edit(how.edit) if how.edit else None, self.world, seed=100 + self.cfg.seed)
+    return even_classes(made, self.cfg.seed) if how.even else made
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #48a70a1a
 @patch
