@@ -184,6 +184,22 @@ def test_any_dynamics_and_action(tmp_path, more):
     assert np.isfinite(read_metrics(run)[['loss', 'actor', 'critic', 'eval_return']].iloc[-1]).all()
 
 
+def test_live_curve(tmp_path, monkeypatch):
+    "In a notebook one picture, drawn again after every evaluation; elsewhere none."
+    import IPython.display
+    class Place:
+        updates = []
+        def update(self, fig): self.updates.append(fig)
+    shown = []
+    monkeypatch.setattr(IPython.display, 'display', lambda fig, display_id: shown.append(fig) or Place())
+    for where in ('terminal', 'notebook'):
+        monkeypatch.setattr(agent_module, 'bar_place', lambda: where)
+        train_agent(config(tmp_path, 'loop.steps=6', 'loop.eval_every=2', 'video=false', f'name={where}'), cbs=[agent_module.live_callback({'optimum': 14.3})])
+        assert (len(shown), len(Place.updates)) == ((0, 0) if where == 'terminal' else (1, 2))
+    axes = Place.updates[-1].axes[0]
+    assert len(axes.lines[-2].get_xdata()) == 3 and axes.lines[-1].get_label() == 'optimum'
+
+
 # ---------------------------------------------------------------- environments
 
 def test_atari_100k_is_what_the_wrapper_does():

@@ -7,7 +7,7 @@ __all__ = ['BEHAVIORS', 'AgentConfig', 'env_steps', 'Replay', 'DreamerAgent', 'c
            'collect_callback', 'write_video', 'plot_learning', 'live_callback', 'evaluate_callback', 'make_agent',
            'train_agent', 'save_agent', 'load_agent']
 
-# %% ../../nbs/29_dreamer.agent.ipynb #88069dd3
+# %% ../../nbs/29_dreamer.agent.ipynb #8391ca61
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.config import HeadsConfig, LoopConfig, WorldModelConfig, at_least, from_dict
-from ..core.runs import Run, UserError, atomic_write, load_checkpoint, read_metrics, save_checkpoint, several
+from ..core.runs import Run, UserError, atomic_write, bar_place, load_checkpoint, read_metrics, save_checkpoint, several
 from ..data.episodes import image_to_float, read_episode, write_episode
 from .behavior import ActorCritic, BehaviorConfig
 from .envs import EnvConfig, Stream, evaluate, make_envs
@@ -393,17 +393,16 @@ def plot_learning(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/29_dreamer.agent.ipynb #bb1ab285
+# %% ../../nbs/29_dreamer.agent.ipynb #b1cb60a3
 def live_callback(
     lines: dict = {}, # {label: return} of other players, dotted
 ):                    # fastai callback
     "`plot_learning` in the notebook, after every evaluation."
     from fastai.callback.core import Callback
-    from fastcore.imports import IN_NOTEBOOK
     class Live(Callback):
-        order, main_only, place = 61, True, None
+        order, place = 61, None
         def after_epoch(self):
-            if IN_NOTEBOOK and any('eval_return' in row for row in self.recorder.rows): self.draw()
+            if bar_place() == 'notebook' and any('eval_return' in row for row in self.recorder.rows): self.draw()
         def draw(self):
             import matplotlib.pyplot as plt
             from IPython.display import display
