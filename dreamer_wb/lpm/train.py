@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TVConfig', 'LPMConfig', 'settle', 'time_at_tv', 'train_lpm']
 
-# %% ../../nbs/53_lpm.train.ipynb #20516fcf
-from dataclasses import dataclass, field, fields, replace
+# %% ../../nbs/53_lpm.train.ipynb #2e3b431c
+from dataclasses import dataclass, field, replace
 from functools import partial
 import numpy as np
 from ..core.config import DecoderConfig, DynamicsConfig, EncoderConfig, HeadsConfig, LoopConfig, at_least, choice
@@ -82,12 +82,11 @@ def train_lpm(
     _keep(run, cfg, bank)
     return run
 
-# %% ../../nbs/53_lpm.train.ipynb #46317b8e
+# %% ../../nbs/53_lpm.train.ipynb #8707bd5b
 def _keep(run, cfg, bank):
     "`agent_lpm.pth`, which `load_agent` reads, and `lpm.json`."
-    data, known = load_checkpoint(run.checkpoints/'agent.ckpt', 'agent'), {f.name for f in fields(AgentConfig)}
-    plain = {k: v for k, v in data['config'].items() if k in known}
-    for path in (run.path/'agent_lpm.pth', run.checkpoints/'agent.ckpt'): save_checkpoint(path, 'agent', plain, data['state'], data['meta'])
+    data = load_checkpoint(run.checkpoints/'agent.ckpt', 'agent')
+    save_checkpoint(run.path/'agent_lpm.pth', 'agent', data['config'], data['state'], data['meta'])
     found = dict(curiosity=cfg.curiosity.kind, noisy_tv=cfg.noisy_tv, pictures=bank.name if bank else None, trigger=cfg.tv.trigger)
     if bank: found |= time_at_tv(run, cfg.tv.trigger, cfg.tv.threshold, data['meta']['discrete'])
     write_json(run.path/'lpm.json', found)
