@@ -47,3 +47,42 @@ def test_event_key(episodes, tmp_path):
     with pytest.raises(UserError, match='event_key=read: the episodes'): world({k: v for k, v in batch.items() if k != 'read'})
     cfg.dynamics.hierarchy.event_key = 'reed'
     with pytest.raises(UserError, match='event_key=reed'): batches_for(cfg, *open_stores(cfg))
+
+
+def test_presets_train(tmp_path):
+    "The presets of hierarchies, from the command line: a few updates, scores of the boundaries in the record, and a second sample that leaves no trace in the states."
+    from dreamer_wb.cli import main
+    from dreamer_wb.core.config import compose
+    from dreamer_wb.core.runs import read_metrics
+    assert main(['prepare', 'source=simple_colors', f'out_dir={tmp_path}/colors', 'n=16', 'n_val=16', 'n_test=1', 'steps=12', 'size=16']) == 0
+    assert main(['train', 'experiment=hierarchy_colors', f'data_dir={tmp_path}/colors', f'runs_dir={tmp_path}', 'name=run', 'loop.steps=4', 'loop.eval_every=2', 'loop.tensorboard=false']) == 0
+    rows = read_metrics(tmp_path/'hierarchy_colors'/'run'/'metrics.csv')
+    assert {'rate', 'precision', 'recall', 'f1', 'auc', 'f1_random', 'f1_frame_difference'} <= set(rows.columns) and len(rows.dropna(subset=['f1'])) == 2
+    cfg = compose(TrainConfig, ['experiment=hierarchy_atari', 'action_dim=18', 'dynamics.hierarchy.value=true', 'dynamics.hierarchy.signal_scale=1'])
+    world, B, T = DreamerWorldModel(cfg), 3, 6
+    batch = dict(obs=torch.randint(0, 256, (B, T, 3, 32, 32), dtype=torch.uint8), act=torch.randn(B, T, 18), first=(torch.arange(T) == 0).repeat(B, 1), rew=torch.randn(B, T))
+    losses, _, post = world.examine(batch)
+    assert {k: v.shape for k, v in losses.items()} == dict.fromkeys(world.scales, (B, T)) and 'value' in losses and post['deter'].shape == (B, T, 64)
+    sum(losses[k].mean()*w for k, w in world.scales.items()).backward()
+    clock = world.dynamics.clocks[0].posterior.embed.weight.grad
+    assert clock.abs().sum() > 0 and all(torch.isfinite(p.grad).all() for p in world.parameters() if p.grad is not None)
+
+
+def test_the_clock_finds_colours():
+    "Leave-one-out finds every change of colour, and nothing else, within 150 updates; straight-through ends without a boundary (see nbs/experiments/clocks.ipynb)."
+    from dreamer_wb.core.config import compose
+    from dreamer_wb.core.learner import fit, set_seed
+    from dreamer_wb.vta.inspect import world_scores
+    cfg = compose(TrainConfig, ['experiment=hierarchy_colors', 'loop.steps=150', 'loop.eval_every=0', 'loop.progress=false', 'loop.tensorboard=false'])
+    def batch(seed, n):
+        data = color_patterns(n, 12, [7, seed], size=16)
+        obs = torch.from_numpy(data['obs']).permute(0, 1, 4, 2, 3).contiguous()
+        return dict(obs=obs, act=torch.zeros(n, 12, 1), first=(torch.arange(12) == 0).repeat(n, 1), rew=torch.zeros(n, 12), read=torch.from_numpy(data['read']))
+    set_seed(0)
+    world = DreamerWorldModel(cfg)
+    fit(world, lambda step: batch(step, 16), cfg.loop)
+    held = batch(10**6, 64)
+    changes = (held['obs'][:, 1:] != held['obs'][:, :-1]).flatten(2).any(-1)
+    held['read'][:, 1:] = changes                                 # what can be seen: two patterns of one colour look like one
+    found = world_scores(world, held)
+    assert found['f1'] > .95 and found['f1_random'] < .5, found

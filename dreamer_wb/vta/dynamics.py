@@ -135,7 +135,7 @@ def beats(self: HierarchicalDynamics,
         below = tick
     return out
 
-# %% ../../nbs/47_vta.dynamics.ipynb #9c090fae
+# %% ../../nbs/47_vta.dynamics.ipynb #05aaa4f0
 @patch
 def signals(self: HierarchicalDynamics,
     state: dict,          # before the step
@@ -146,7 +146,7 @@ def signals(self: HierarchicalDynamics,
     if s['event'] is not None: out.append(s['event'])
     elif self.event_key and (h.value or h.surprise): out.append(torch.zeros_like(state['deter'][:, :1]))
     if 'value' in self.scales:
-        told = value = self.critic(self.feat(state).detach(), s['critic']).float()
+        told = value = self.critic(self.feat(state), s['critic']).float()
         out.append((value - state['value']).detach() * (state[key(1, 'seg_len')] > 0))
         kept = {'value': value}
     if h.surprise and h.clock in ('learned', 'length') and self.n_levels > 1: out.append(self.surprise(state, s['action'][0], s['embedded'][0]))
@@ -230,7 +230,7 @@ def count(self: HierarchicalDynamics,
                 key(l, 'seg_len'): torch.where(tick, 1., state[key(l, 'seg_len')] + steps), key(l, 'seg_num'): state[key(l, 'seg_num')] + tick}
     return out
 
-# %% ../../nbs/47_vta.dynamics.ipynb #ccaa4512
+# %% ../../nbs/47_vta.dynamics.ipynb #96384391
 @patch
 def observe(self: HierarchicalDynamics,
     embed: Tensor,             # (B, T, E) embedded images
@@ -246,15 +246,14 @@ def observe(self: HierarchicalDynamics,
     keep, sample = (~first).float().unsqueeze(-1), self.training if sample is None else sample
     act = act * keep
     event = [None] * T if event is None else event_signal(event, first, self.cfg.hierarchy.event_change).unsqueeze(-1).unbind(1)
-    state, changing = self.initial(B) if state is None else state, self.n_levels > 1 and self.cfg.hierarchy.change
-    before = torch.cat([state['embed'].unsqueeze(1), embed[:, :-1]], 1) * keep if changing else None       # (B, T, E)
-    seen, critic = [c.seen(embed, before) for c in self.clocks], [None] * T
-    if 'value' in self.scales: critic = self.critic.embed(embed.detach()).unbind(1)
+    state = self.initial(B) if state is None else state
+    before = torch.cat([state['embed'].unsqueeze(1), embed[:, :-1]], 1) * keep if 'embed' in state else None     # (B, T, E)
+    seen, critic = [c.seen(embed, before) for c in self.clocks], self.critic.embed(embed).unbind(1) if 'value' in self.scales else [None] * T
     steps = dict(act=act.unbind(1), keep=keep.unbind(1), action=by_step([RSSM.project_action(l, act) for l in self.levels], T),
                  embedded=by_step([l.posterior.embed(embed) for l in self.levels], T), seen=by_step(seen, T), event=event, critic=critic,
                  noise=list(zip(*[RSSM.noise(l, T, B, sample=sample) for l in self.levels])), tick_noise=self.tick_noise(T, B, sample))
     post, beats = self.run(state, [dict(zip(steps, s)) for s in zip(*steps.values())])
-    return self.trace(obs_names(post | ({'embed': embed} if changing else {})), beats, first)
+    return self.trace(obs_names(post | ({'embed': embed} if 'embed' in state else {})), beats, first)
 
 # %% ../../nbs/47_vta.dynamics.ipynb #731470c2
 def by_step(

@@ -39,14 +39,14 @@ def ball(n, seed):
 
 
 def planted(n, seed):
-    "Colours in patterns of 3 to 5 frames; the second frame of every blue one brings a reward, and no pixel changes there."
+    "Colours in patterns of 4 to 6 frames; the third frame of every blue one brings a reward, and no pixel changes there."
     rng, count = np.random.default_rng(seed), 2 + T//3
-    length, number = rng.integers(3, 6, (n, count)), rng.choice(3, (n, count), p=[.4, .2, .4])
-    start, t = np.cumsum(length, 1) - length - rng.integers(0, 3, (n, 1)), np.arange(T)          # (n,count); (T,)
+    length, number = rng.integers(4, 7, (n, count)), rng.choice(3, (n, count), p=[.4, .2, .4])
+    start, t = np.cumsum(length, 1) - length - rng.integers(0, 4, (n, 1)), np.arange(T)          # (n,count); (T,)
     which = (start[:, None] <= t[:, None]).sum(-1) - 1                                          # (n,T) number of the pattern
     colour, age = np.take_along_axis(number, which, 1), t - np.take_along_axis(start, which, 1)
     obs = np.broadcast_to(COLORS[colour][:, :, None, None], (n, T, SIZE, SIZE, 3))
-    return dict(obs=np.ascontiguousarray(obs), read=age == 0, rew=((colour == 0) & (age == 1)).astype(np.float32))
+    return dict(obs=np.ascontiguousarray(obs), read=age == 0, rew=((colour == 0) & (age == 2)).astype(np.float32))
 
 
 DATA = dict(colors=colors, ball=ball, planted=planted)
@@ -70,13 +70,12 @@ METHODS = {
     'rssm': [*COMMON, *h(levels=1)],
     'learned_3': [*LEARNED, *h(levels=3)],
     'fixed_3': [*COMMON, *h(clock='fixed', every=3, on_tick='keep', levels=3)],
-    'informed': [*LEARNED, *h(value='true', signal_scale=30, explore=.5, explore_steps=200)],     # value-informed: the clock reads the change of a value estimate
-    'informed_reward': [*LEARNED, *h(event_key='rew', signal_scale=30, explore=.5, explore_steps=200)],
+    'informed': [*LEARNED, *h(value='true', signal_scale=100, explore=.5, explore_steps=200)],     # value-informed: the clock reads the change of a value estimate
     'value_event': [*COMMON, *h(clock='event', value='true', event_threshold=.3)],       # ticks where the estimate jumps
 }
 STEPS = dict(colors=300, ball=600, planted=400)
 RUNS = [*(f'colors/{m}' for m in ('learned', 'straight_through', 'length', 'gate', 'fixed', 'rssm', 'oracle', 'no_change', 'learned_3', 'fixed_3')),
-        *(f'planted/{m}' for m in ('learned', 'informed', 'informed_reward', 'value_event')), *(f'ball/{m}' for m in ('learned', 'straight_through', 'fixed', 'oracle'))]
+        *(f'planted/{m}' for m in ('learned', 'informed', 'value_event')), *(f'ball/{m}' for m in ('learned', 'straight_through', 'fixed', 'oracle'))]
 
 
 def batch_of(name, n, seed):
