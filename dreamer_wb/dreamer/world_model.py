@@ -147,7 +147,7 @@ def forward(self: DreamerWorldModel,
     "All losses of a batch of sequences."
     return self.examine(batch)[:2]
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #16ddae18
+# %% ../../nbs/25_dreamer.world_model.ipynb #9ef55f9a
 @patch
 def examine(self: DreamerWorldModel,
     batch: dict, # as for `forward`
@@ -164,12 +164,7 @@ def examine(self: DreamerWorldModel,
     if 'image' in self.scales:
         net_out = self.decoder.net_out(feat)
         losses['image'] = self.decoder.image_loss(net_out, image)
-    if 'reward' in self.heads: losses['reward'] = TwoHot(self.heads['reward'](feat), self.bins).loss(batch['rew'])
-    if 'cont' in self.heads: losses['cont'] = Bernoulli(self.heads['cont'](feat).squeeze(-1)).loss(~batch['done'])
-    if self.representation is not None:
-        losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
-    if 'open_loop' in self.scales: losses['open_loop'] = self.open_loop_loss(batch, image, trace.post)
-    if 'value' in self.scales: losses['value'] = self.dynamics.value_loss(trace, batch['rew'], batch['first'])
+    losses |= self._further_losses(batch, image, embed, feat, trace)
     with torch.no_grad():
         metrics['kl'] = self.dynamics.dist(trace.post).kl(self.dynamics.dist(trace.prior)).mean()
         if hasattr(self.dynamics, 'metrics'): metrics |= self.dynamics.metrics(trace)
@@ -177,7 +172,19 @@ def examine(self: DreamerWorldModel,
     if twice: losses = self.dynamics.leave_one_out(losses, self.scales, trace)
     return {k: losses[k] for k in self.scales}, metrics, {k: v[:n] for k, v in trace.post.items()} if twice else trace.post
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #eb8b2e1a
+# %% ../../nbs/25_dreamer.world_model.ipynb #d4d49d2d
+@patch
+def _further_losses(self: DreamerWorldModel, batch, image, embed, feat, trace):
+    "What is asked of the features besides the image, (B, T) each."
+    losses = {}
+    if 'reward' in self.heads: losses['reward'] = TwoHot(self.heads['reward'](feat), self.bins).loss(batch['rew'])
+    if 'cont' in self.heads: losses['cont'] = Bernoulli(self.heads['cont'](feat).squeeze(-1)).loss(~batch['done'])
+    if self.representation is not None:
+        losses['representation'] = self.representation(batch, image, embed, feat, lambda x: self._look(x, batch['act'], batch['first']))
+    if 'open_loop' in self.scales: losses['open_loop'] = self.open_loop_loss(batch, image, trace.post)
+    if 'value' in self.scales: losses['value'] = self.dynamics.value_loss(trace, batch['rew'], batch['first'])
+    return losses
+
 @patch
 def _look(self: DreamerWorldModel,
     image: Tensor, # (n*B, T, 3, H, W) float, n versions of every episode
