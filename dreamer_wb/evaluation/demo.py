@@ -13,15 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
-# %% ../../nbs/71_evaluation.demo.ipynb #26384d28
+# %% ../../nbs/71_evaluation.demo.ipynb #128b62d3
 from ..classifier.compare import ClassifyConfig, classify
 from ..core.config import TrainConfig, at_least, compose, from_dict
 from ..core.runs import Run
 from ..data.prepare import PrepareConfig, prepare
 from ..dreamer.world_model import train_world_model
+from .concepts import ConceptsConfig, concepts
 from .report import ReportConfig, report
 
-# %% ../../nbs/71_evaluation.demo.ipynb #0abc5f0f
+# %% ../../nbs/71_evaluation.demo.ipynb #0901717e
 @lru_cache
 def _train() -> TrainConfig: # the preset `demo`
     "How the demo trains its world model unless told otherwise."
@@ -32,7 +33,12 @@ def _classify() -> ClassifyConfig: # one seed, a short ResNet-50 from scratch
     resnet = dict(weights='none', epochs=2, evals=2, methods=['erm'])
     return from_dict(ClassifyConfig, dict(seeds=[0], workers=2, resnet=resnet))
 
-# %% ../../nbs/71_evaluation.demo.ipynb #55060b87
+def _concepts() -> ConceptsConfig: # few ways of retraining, one seed
+    "What the demo does with counterfactuals unless told otherwise."
+    recipes = ['as is', 'plain copies', 'world model', 'factual + world model', 'exact edits', 'group-balanced']
+    return from_dict(ConceptsConfig, dict(parts=['edits', 'retrain'], recipes=recipes, edits=['exact', 'world model', 'random direction'], images=400, judge_images=1500, cnn_steps=300))
+
+# %% ../../nbs/71_evaluation.demo.ipynb #2390d775
 @dataclass
 class DemoConfig:
     "Everything that `dreamer-wb demo` reads."
@@ -43,31 +49,37 @@ class DemoConfig:
     runs_dir: str = 'runs' # folder of all runs
     train: TrainConfig = field(default_factory=lambda: deepcopy(_train())) # keys of `dreamer-wb train`
     classify: ClassifyConfig = field(default_factory=_classify) # keys of `dreamer-wb classify`
+    counterfactuals: bool = True # stage C: counterfactuals, and classifiers retrained with them
+    concepts: ConceptsConfig = field(default_factory=_concepts) # keys of `dreamer-wb concepts`
 
-# %% ../../nbs/71_evaluation.demo.ipynb #a6e2b93f
+# %% ../../nbs/71_evaluation.demo.ipynb #e4599cb9
 def stage_configs(
     cfg:DemoConfig, # what the demo was told
-) -> tuple: # (PrepareConfig, TrainConfig, ClassifyConfig, ReportConfig)
-    "The configs of the four stages."
+) -> tuple: # (PrepareConfig, TrainConfig, ClassifyConfig, ConceptsConfig, ReportConfig)
+    "The configs of the stages."
     name = cfg.name or f'seed{cfg.seed}'
     folder = Path(cfg.runs_dir)/'demo'/name
     prep = PrepareConfig(source='synthetic', n=cfg.images, size=cfg.size, seed=cfg.seed, out_dir=str(folder/'episodes'))
     train = dataclasses.replace(cfg.train, experiment='demo', name=name, runs_dir=cfg.runs_dir, seed=cfg.seed, size=cfg.size, data_dir=prep.out_dir)
-    return prep, train, dataclasses.replace(cfg.classify, run=str(folder)), ReportConfig(run=str(folder))
+    edits = dataclasses.replace(cfg.concepts, run=str(folder), seed=cfg.seed)
+    return prep, train, dataclasses.replace(cfg.classify, run=str(folder)), edits, ReportConfig(run=str(folder))
 
-# %% ../../nbs/71_evaluation.demo.ipynb #ff68b77c
+# %% ../../nbs/71_evaluation.demo.ipynb #1a7b7933
 def demo(
     cfg:DemoConfig, # what the demo was told
 ) -> Path: # report.html
     "Pictures, world model, classifiers, report: the whole path in one call, going on where an earlier call stopped."
-    prep, train, heads, page = stage_configs(cfg)
-    run = Run.create(train, 'demo', cfg.runs_dir, train.name)
-    print(f'{run.path}\n1 of 4: {cfg.images} pictures', flush=True)
+    prep, train, heads, edits, page = stage_configs(cfg)
+    run, n = Run.create(train, 'demo', cfg.runs_dir, train.name), 4 + cfg.counterfactuals
+    print(f'{run.path}\n1 of {n}: {cfg.images} pictures', flush=True)
     if not run.done('pictures'):
         with run.stage('pictures') as facts: facts['images'] = len(prepare(prep))
-    print('2 of 4: world model', flush=True)
+    print(f'2 of {n}: world model', flush=True)
     train_world_model(train)
-    print(f'3 of 4: classifiers ({", ".join(heads.models)})', flush=True)
+    print(f'3 of {n}: classifiers ({", ".join(heads.models)})', flush=True)
     classify(heads)
-    print('4 of 4: report', flush=True)
+    if cfg.counterfactuals:
+        print(f'4 of {n}: counterfactuals, and classifiers retrained with them', flush=True)
+        concepts(edits)
+    print(f'{n} of {n}: report', flush=True)
     return report(page)
