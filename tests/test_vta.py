@@ -10,7 +10,7 @@ from dreamer_wb.cli import COMMANDS, kind_of, main
 from dreamer_wb.core.config import compose
 from dreamer_wb.core.runs import UserError, read_json, read_metrics
 from dreamer_wb.vta.bouncing_balls import bouncing_balls
-from dreamer_wb.vta.model import VTA, VTAConfig, VTATrainConfig, make_sequences, train_vta, vta_batches, window_episodes
+from dreamer_wb.vta.model import VTA, VTAConfig, VTATrainConfig, make_sequences, read_frames, train_vta, vta_batches, window_episodes
 
 spec = importlib.util.spec_from_file_location('bench_vta', Path(__file__).parents[1]/'benchmarks/vta.py')
 bench = importlib.util.module_from_spec(spec)
@@ -76,6 +76,33 @@ def test_leave_one_out(kw):
     assert model.eval()(dict(obs=frames()))[0]['kl_mask'].shape == (3, 6)
 
 
+def test_two_samples_differ_by_their_decisions_alone():
+    "Until the first decision in which they differ, the two samples cost the same."
+    torch.manual_seed(0)
+    model = small(boundary_gradient='leave_one_out', look_ahead=False).train()
+    noise = model.draw_noise(frames())
+    x = read_frames(frames(), 5, noise['obs'])
+    trace = model.observe(x, noise)
+    a, b = sum(v for k, v in model.losses(trace, x[:, 2:8]).items() if k != 'kl_mask').detach().chunk(2)
+    before = (trace.read[:3] == trace.read[3:]).cumprod(1).bool()
+    assert not before.all() and (before[:, 1:].any() and torch.allclose(a[before], b[before], rtol=1e-4)) and not torch.allclose(a[~before], b[~before])
+
+
+def test_coin_comes_first():
+    "While the coin draws all boundaries, the detector learns nothing; afterwards it does."
+    torch.manual_seed(0)
+    model = small(boundary_gradient='leave_one_out', explore=100, seg_num=3)
+    weight = model.post_boundary.layers[-1].weight
+    for step, coin, learns in ((0, 1., False), (60, .8, True), (100, 0., True)):
+        model.anneal(step)
+        losses, metrics = model(dict(obs=frames()))
+        grad, = torch.autograd.grad(sum(v.mean() for v in losses.values()), weight)
+        assert abs(model.coin - coin) < 1e-6 and (grad.abs().sum() > 0) == learns
+    model.coin = 1.
+    read = torch.cat([model.observe(read_frames(frames()), model.draw_noise(frames())).read[:, 1:] for _ in range(40)])
+    assert .4 < read.mean() < .6                                    # seg_num of 3 in 6 frames
+
+
 def test_posterior_constraint_bounds_segments():
     for kw in (dict(seg_len=2, seg_num=99), dict(seg_num=2, seg_len=99)):
         model = small(regularise='posterior', **kw).eval()
@@ -137,6 +164,11 @@ def test_command(tmp_path, capsys):
     assert (run/'videos'/'boundaries_000004.gif').read_bytes()[:6] == b'GIF89a'
     assert read_json(run/'boundary_eval.json')['truth']['rows'][0]['method'] == 'model'
     assert main(args) == 0                                           # finished: nothing is done again
+    assert main(['report', f'run={run}']) == 0
+    page = (run/'report.md').read_text()
+    assert '## Where segments begin' in page and '| frame difference |' in page and 'figures/boundary_grid.png' in page and 'bird' not in page
+    assert main(['report', f'runs=[{run}]', f'out={tmp_path}/joint']) == 0 and 'a,model' in (tmp_path/'joint'/'tables'/'boundaries.csv').read_text()
+    assert main(['boundaries', f'run={run}', 'n=4', 'n_permutations=20', 'n_bootstrap=20']) == 0 and (run/'boundaries'/'report.html').exists()
     model = VTA.load_from_checkpoint(run/'checkpoints'/'vta.ckpt')
     data = make_sequences(VTATrainConfig(env_type='simple_colors', init_size=3, seq_size=6), 2, 0)
     assert np.isfinite(window_episodes(model, [data])['read_prob']).all()

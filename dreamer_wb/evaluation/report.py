@@ -532,7 +532,7 @@ def joint_tables(
     known = list(dict.fromkeys(k for p in parts for k in p))
     return {k: pd.concat([p[k].assign(run=n)[['run', *p[k].columns]] for n, p in zip(names, parts) if k in p], ignore_index=True) for k in known}
 
-# %% ../../nbs/70_evaluation.report.ipynb #7264ae4f
+# %% ../../nbs/70_evaluation.report.ipynb #dc0a38da
 def joint_report(
     runs:list, # of Run
 ) -> Report: # the page, not yet written
@@ -543,7 +543,7 @@ def joint_report(
         if name == 'gradcam': table = table[table['group'] == 'all']                       # each group is in the file
         if name == 'tcav': table = table[['run', 'model', 'concept', 'layer', 'sign', 'relative', 'auc', 'p_holm', 'verdict']]
         page.heading(titles.get(name, name.capitalize()))
-        page.table(table.fillna(''), f'From {table["run"].nunique()} runs; every column and row is in `tables/{name.replace(" ", "_")}.csv` and `.tex`.')
+        page.table(table.astype(object).where(table.notna(), ''), f'From {table["run"].nunique()} runs; every column and row is in `tables/{name.replace(" ", "_")}.csv` and `.tex`.')
     page.heading('Pictures')
     for run in runs:
         for file in ('figures/reconstructions.png', 'figures/groups.png', 'evaluate/figures/localisation.png', 'evaluate/figures/corruptions_error.png'):
