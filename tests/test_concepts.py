@@ -6,8 +6,8 @@ import torch
 from dreamer_wb.cli import COMMANDS, kind_of, main
 from dreamer_wb.concepts.env import Scenes, WaterbirdsConceptEnv, concept_episodes, draw_scenes, read_scenes, register_concepts
 from dreamer_wb.concepts.shifter import BackgroundEdit, ConceptShifter, WorldEdit, clear_bird, move_background
-from dreamer_wb.core.runs import UserError
-from dreamer_wb.data.episodes import EpisodeStore
+from dreamer_wb.core.runs import UserError, read_json, write_json
+from dreamer_wb.data.episodes import EpisodeStore, write_episode
 from dreamer_wb.data.synthetic import sample_specs
 from dreamer_wb.dreamer.world_model import DreamerWorldModel
 
@@ -27,9 +27,9 @@ def test_the_commands_of_stage_c(tmp_path, monkeypatch, capsys):
     run('prepare', 'source=synthetic', 'n=100', 'size=32', 'out_dir=stills', 'workers=1')
     run('train', 'experiment=demo', 'data_dir=stills', 'name=a', 'loop.steps=2', 'doctor=false', *SMALL)
     run('prepare', 'stills=stills', 'out_dir=concepts', 'steps=4')
-    more = ['experiment=waterbirds_concept_cpu', 'start=runs/demo/a', 'batch_size=4', 'loop.steps=2', 'loop.eval_every=2', *SMALL[4:]]
+    more = ['experiment=waterbirds_concept_cpu', 'start=runs/demo/a', 'batch_size=4', 'loop.steps=2', 'loop.eval_every=2', 'latent_steps=5', *SMALL[4:]]
     run('train', 'data_dir=stills', 'name=spot', *more)
-    run('train', 'data_dir=concepts', 'name=disk', *more)
+    run('train', 'data_dir=concepts', 'name=disk', *more, 'latent_steps=0')
     world = DreamerWorldModel.load_from_checkpoint('runs/waterbirds_concept_cpu/spot/checkpoints/world_model.ckpt').eval()
     z0 = world.encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[0]                # the users' three lines
     a_seq = torch.linspace(0, 1, 5)[:, None]
@@ -91,3 +91,72 @@ def test_a_blend_is_between_its_ends(scenes):
         low, high = (f(f(a.float(), b.float()), scenes.obs[6:9].float()) for f in (torch.minimum, torch.maximum))
         assert (x >= low - .5).all() and (x <= high + .5).all()
     check()
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A finished world model of stage A, as small as they come."
+    folder = tmp_path_factory.mktemp('stage_a')
+    def run(*args): assert not main(list(args)), args
+    run('prepare', 'source=synthetic', 'n=240', 'size=32', f'out_dir={folder}/stills', 'workers=1')
+    run('train', 'experiment=demo', f'data_dir={folder}/stills', 'name=a', f'runs_dir={folder}/runs', 'loop.steps=2', 'doctor=false', *SMALL)
+    return folder
+
+
+FAST = ['train.loop={steps: 2, eval_every: 2, progress: false, tensorboard: false}', 'train.batch_size=4', 'train.latent_steps=5', 'images=40', 'judge_images=80', 'head_steps=10',
+        'models=[mlp]', 'progress=false']
+
+
+def test_the_command_goes_on_where_it_was(finished):
+    "A row that got lost is computed again and is the same to the bit; what is there stays."
+    run = finished/'runs/demo/a'
+    args = ['concepts', f'run={run}', *FAST, 'parts=[edits,retrain]', 'edits=[exact,world model]', 'recipes=[as is,world model,DFR]']
+    assert not main(args)
+    file = run/'concepts/results.json'
+    whole = read_json(file)
+    assert [r['edit'] for r in whole['edits']] == ['exact', 'world model'] and [r['recipe'] for r in whole['classifiers']] == ['as is', 'world model', 'DFR']
+    assert 'Counterfactuals' in (run/'report.md').read_text() and (run/'concepts/figures/world_model.gif').read_bytes()[:3] == b'GIF'
+    for cell in (run/'concepts/cells').glob('mlp-world*'): cell.unlink()
+    write_json(file, dict(whole, classifiers=[r for r in whole['classifiers'] if r['recipe'] != 'world model'], edits=whole['edits'][:1]))
+    assert not main(args)
+    again = read_json(file)
+    assert again['edits'] == whole['edits'] and sorted(map(str, again['classifiers'])) == sorted(map(str, whole['classifiers']))
+
+
+@pytest.mark.parametrize('more, words', [
+    (['recipes=[world modell]'], 'did you mean `world model`'), (['models=[resnet]'], 'models: no `resnet`'), (['seeds=[]'], 'at least one'), (['severity=9'], 'from 1 to 5'),
+    (['data_dir=nowhere'], 'no train/ in there'), (['images=80'], 'images=40, now 80'), (['train.meaning=shift'], 'train.meaning=shift')])
+def test_what_the_command_refuses(finished, capsys, more, words):
+    "One line, and exit status 2."
+    folder = finished/'refused'
+    folder.mkdir(exist_ok=True)
+    settings = dict(seed=0, images=40, judge_images=80, head_steps=10, cnn_steps=380, looks_per_group=25, severity=3, masks=1., steps=2, data=str(finished/'stills'))
+    write_json(folder/'results.json', dict(settings=settings, edits=[], classifiers=[], judges=None))
+    assert main(['concepts', f'run={finished}/runs/demo/a', f'out={folder}', *FAST, *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and '\n' not in said
+
+
+def test_stills_without_masks_are_refused(finished, capsys):
+    "Photographs that were prepared without segmentations."
+    bare = finished/'bare'
+    for split in ('train', 'val', 'test'):
+        store = EpisodeStore(finished/'stills'/split)
+        for i in range(min(40, len(store))): write_episode(bare/split/f'{i:03}.npz', store.images([i])[0][None], np.zeros((1, 1), np.float32), label=int(store.label[i]), place=int(store.place[i]))
+    assert main(['concepts', f'run={finished}/runs/demo/a', f'data_dir={bare}', f'out={finished}/none', *FAST]) == 2
+    assert 'no image has a mask' in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_finished(finished, capsys):
+    from dreamer_wb.core.config import TrainConfig
+    from dreamer_wb.core.runs import Run
+    Run.create(TrainConfig(), 'demo', str(finished/'runs'), 'begun').close()
+    assert main(['concepts', f'run={finished}/runs/demo/begun']) == 2
+    assert 'no finished world model' in capsys.readouterr().err
+
+
+def test_dynamics_that_cannot_learn_on_latents_alone(finished, capsys):
+    "Episodes of edits on disk have no stills to encode."
+    assert not main(['prepare', f'stills={finished}/stills', f'out_dir={finished}/edits', 'steps=4'])
+    assert main(['train', 'experiment=waterbirds_concept_cpu', f'start={finished}/runs/demo/a', f'data_dir={finished}/edits', f'runs_dir={finished}/runs', 'name=b', 'loop.steps=2', *SMALL[4:]]) == 2
+    assert 'give latent_steps=0' in capsys.readouterr().err
