@@ -1,0 +1,132 @@
+"""Levels, clocks and goals: seed 001's table, each row backed by runs of the agent on a small task with one sparse reward.
+
+    python nbs/experiments/levels.py                              # everything
+    python nbs/experiments/levels.py --part rooms                 # a known world: managers and worker alone
+    python nbs/experiments/levels.py --part keys --only flat --seeds 10
+
+`rooms`: two rooms whose optimum is known, features given, nothing but the behavior is learnt. `keys`: the whole agent on Keys from pixels, online; preset and overrides stand in KEYS. Each run
+ends with 100 episodes on environments that it has never seen, with the most probable actions, and says when managers chose new goals. What is in the result file is not repeated.
+"""
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dreamer_wb.core.config import compose, from_dict
+from dreamer_wb.core.runs import read_json, read_metrics, write_json
+from dreamer_wb.dreamer.agent import AgentConfig, Player, load_agent, train_agent
+from dreamer_wb.dreamer.behavior import ActorCritic, BehaviorConfig
+from dreamer_wb.dreamer.envs import EnvConfig, Stream, evaluate, make_envs, random_policy
+from dreamer_wb.vta.director import Director, TwoRooms, keys_optimum
+
+OUT = Path(__file__).resolve().parent/'results'/'levels.json'
+SEEDS = 10, 11, 12
+ROOMS = { # name: (updates, behavior.director or None for the flat actor)
+    'flat': (250, None),
+    'every 4 steps': (250, dict(every=4)),
+    'every 4 steps, absorb=False': (250, dict(every=4, absorb=False)),
+    'value clock': (600, dict(clock='value', every=6, threshold=.1)),
+    'three levels, 3 and 9 steps': (600, dict(levels=3, every=3)),
+    'three levels, below=0.5': (250, dict(levels=3, every=3, below=.5)),
+}
+LEARNED = ['dynamics.name=hierarchy', 'dynamics.hierarchy.clock=learned', 'dynamics.hierarchy.max_seg_len=8', 'dynamics.hierarchy.constrain=posterior', 'dynamics.hierarchy.boundary_rate=0.25',
+           'dynamics.hierarchy.boundary_scale=1']
+KEYS = { # name: (levels, when the upper ones tick, overrides)
+    'flat': (1, '-', ['experiment=tiny_keys']),
+    'manager every 4 steps': (2, 'fixed', ['experiment=tiny_director']),
+    'manager on the learned clock': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics']),
+    'manager on the learned clock that reads value': (2, 'learned, value', ['experiment=tiny_director', *LEARNED, 'dynamics.hierarchy.value=true', 'behavior.director.clock=dynamics']),
+    "manager where the critic's value changes": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.threshold=0.1']),
+    'learned clock, no goals': (2, 'learned', ['experiment=tiny_keys', *LEARNED]),
+    'two managers, 3 and 9 steps': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3']),
+}
+COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'eval_length', 'reward0_goal', 'ticks1', 'goal_error', 'tick_1')
+
+
+# ---------------------------------------------------------------- rooms
+
+def rooms(name, seed, gamma=.95):
+    "Train a behavior in the known world."
+    updates, director = ROOMS[name]
+    torch.manual_seed(seed)
+    world, keys = TwoRooms(), dict(layers=2, units=32, horizon=12, discount=gamma, entropy=3e-3, slow_rate=.1)
+    cfg = from_dict(BehaviorConfig, keys | ({} if director is None else dict(name='director', director=dict(codes=4, classes=4, entropy=3e-3) | director)))
+    net = (ActorCritic if director is None else Director)(world.n, 5, True, cfg)
+    opt, began = torch.optim.Adam(net.parameters(), 3e-3), time.process_time()
+    for _ in range(updates):
+        losses = net.losses(net.dream(world, dict(at=torch.randint(world.n, (64,)))))[0]
+        opt.zero_grad()
+        sum(v.mean() for v in losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
+        opt.step()
+    return dict(updates=updates, score=world.score(world.play(net), gamma), found=float(np.isfinite(world.play(net)).mean()), cpu_seconds=time.process_time() - began)
+
+
+# ---------------------------------------------------------------- keys
+
+def ticks(agent, episodes=50, seed=55_555):
+    "How often a clock ticks in the step that takes the key, and in other steps; steps at which an episode begins do not count."
+    stream, player, counts = Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), agent.cfg.size), seed), Player(agent, explore=False), np.zeros((2, 2))
+    row, had, over = stream.reset(), np.zeros(10, bool), 0
+    while over < episodes:
+        act = player(row)
+        tick = (player.memory['tick1'] if player.memory else player.state['boundary'])[:, 0].numpy() > .5
+        has = stream.info.get('taken', np.zeros(10, bool)).astype(bool) & ~row['first']
+        for fresh, t in zip((has & ~had)[~row['first']], tick[~row['first']]): counts[int(fresh)] += 1, t
+        had, row = has, stream.step(act)
+        over += row['last'].sum()
+    return dict(others=counts[0].tolist(), key=counts[1].tolist())                  # [steps, ticks]
+
+
+def keys(name, seed, steps):
+    "Train an agent from pixels, online."
+    folder = tempfile.mkdtemp(prefix='levels_')
+    cfg = compose(AgentConfig, [*KEYS[name][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=32', 'video=false',
+                                'loop.tensorboard=false', 'loop.progress=false', 'loop.checkpoint_seconds=1000000'])
+    run = train_agent(cfg)
+    table, agent = read_metrics(run), load_agent(run.checkpoints/'agent.ckpt')
+    found = evaluate(Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), cfg.size), 77_777), Player(agent, explore=False), 100)
+    curve = [{k: round(row[k], 4) for k in COLUMNS if k in row and row[k] == row[k]} for row in table.to_dict('records')]
+    clocked = cfg.behavior.name == 'director' or cfg.dynamics.name == 'hierarchy'
+    out = dict(updates=steps, env_steps=int(table['env_steps'].max()), cpu_seconds=run.stages()['train']['cpu_seconds'], parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
+               success=float(np.mean(found['returns'])), length=float(np.mean(found['lengths'])), episodes=len(found['returns']), ticks=ticks(agent) if clocked else None, curve=curve)
+    shutil.rmtree(folder)
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--part', choices=('rooms', 'keys'), nargs='+', default=['rooms', 'keys'])
+    parser.add_argument('--only', nargs='+', help='names in ROOMS or KEYS')
+    parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS)
+    parser.add_argument('--steps', type=int, default=400, help='updates of the whole agent')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = read_json(OUT) if OUT.exists() else {}
+    for part, names in (('rooms', ROOMS), ('keys', KEYS)):
+        if part not in args.part: continue
+        for seed in args.seeds:                                                     # seed by seed, so that a part of the runs compares all rows
+            for name in (n for n in names if not args.only or n in args.only):
+                if str(seed) in data.get(part, {}).get(name, {}): continue
+                result = rooms(name, seed) if part == 'rooms' else keys(name, seed, args.steps)
+                data = read_json(OUT) if OUT.exists() else {}
+                data.setdefault(part, {}).setdefault(name, {})[str(seed)] = result
+                data['baselines'] = data.get('baselines') or baselines()
+                write_json(OUT, data)
+                print(part, name, seed, {k: v for k, v in result.items() if k != 'curve'}, flush=True)
+
+
+def baselines(gamma=.95):
+    "What is best, and what pressing anything achieves."
+    world, stream = TwoRooms(), Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), 16), 77_777)
+    torch.manual_seed(0)
+    found = evaluate(stream, random_policy(stream), 2000)
+    return dict(rooms=dict(optimum=world.score(world.far, gamma), random=float(np.mean([world.score(world.play(None), gamma) for _ in range(50)]))),
+                keys=dict(optimum=keys_optimum(), random_success=float(np.mean(found['returns'])), random_length=float(np.mean(found['lengths']))))
+
+
+if __name__ == '__main__': main()
