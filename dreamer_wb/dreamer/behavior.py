@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DirectorConfig', 'BehaviorConfig', 'lambda_returns', 'ReturnScale', 'Buttons', 'motors', 'Critic', 'ActorCritic',
-           'frozen', 'critic_loss_name', 'curious_reward', 'replay_returns']
+           'critic_loss_name', 'frozen', 'curious_reward', 'replay_returns']
 
 # %% ../../nbs/28_dreamer.behavior.ipynb #3b29adfc
 import copy
@@ -173,7 +173,7 @@ class ActorCritic(nn.Module):
         raw = self.actor(feat)
         return Buttons(raw, self.cfg.unimix) if self.discrete else motors(raw, self.cfg.min_std, self.cfg.max_std)
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #c5915488
+# %% ../../nbs/28_dreamer.behavior.ipynb #645cb8f3
 @patch(cls_method=True)
 def build(cls: ActorCritic,
     world,               # has `dynamics`
@@ -184,6 +184,13 @@ def build(cls: ActorCritic,
 ) -> ActorCritic:
     "For a world model."
     return cls(world.dynamics.n_feat, n_action, discrete, cfg, rewards)
+
+# %% ../../nbs/28_dreamer.behavior.ipynb #7a2681a0
+def critic_loss_name(
+    name: str, # of the reward
+) -> str:
+    "What the loss of its critic is called."
+    return 'critic' if name == 'task' else f'critic_{name}'
 
 @patch(as_prop=True)
 def scales(self: ActorCritic) -> dict: # {name: weight}
@@ -267,13 +274,7 @@ def losses(self: ActorCritic,
     if self.training: self._follow()
     return losses, starts, metrics | dict(entropy=entropy)
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #6c379c26
-def critic_loss_name(
-    name: str, # of the reward
-) -> str:
-    "What the loss of its critic is called."
-    return 'critic' if name == 'task' else f'critic_{name}'
-
+# %% ../../nbs/28_dreamer.behavior.ipynb #fc349451
 @torch.no_grad()
 def curious_reward(
     curiosity,    # an object with `reward(feat, act)` and `ready`, or None
