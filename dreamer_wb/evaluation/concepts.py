@@ -41,7 +41,7 @@ EDITS = {
     'random direction': 'latent moved as far in a random direction',
 }
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #cd6132fe
+# %% ../../nbs/77_evaluation.concepts.ipynb #33686834
 @dataclass(frozen=True)
 class Recipe:
     "How a classifier is retrained."
@@ -51,6 +51,7 @@ class Recipe:
     method: str = 'erm' # see classifier.methods
     needs: str = ''     # what has to be known beyond labels
 
+# %% ../../nbs/77_evaluation.concepts.ipynb #e0ff7132
 _MASKS, _GROUPS = 'places, masks', 'groups of train and val'
 RECIPES = {
     'as is': Recipe('as is'),
