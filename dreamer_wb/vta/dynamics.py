@@ -135,14 +135,14 @@ def beats(self: HierarchicalDynamics,
         below = tick
     return out
 
-# %% ../../nbs/47_vta.dynamics.ipynb #05aaa4f0
+# %% ../../nbs/47_vta.dynamics.ipynb #9a2fac76
 @patch
 def signals(self: HierarchicalDynamics,
     state: dict,          # before the step
     s: dict,              # the step, from `observe`
 ) -> tuple: # signals (B, n) or None; what upper levels are told (B, 1) or None; what the state keeps, {} or `value` (B, 1)
     "Numbers that clocks read."
-    h, out, told, kept = self.cfg.hierarchy, [], s['event'], {}
+    h, out, told, kept = self.cfg.hierarchy, [], s['told'], {}
     if s['event'] is not None: out.append(s['event'])
     elif self.event_key and (h.value or h.surprise): out.append(torch.zeros_like(state['deter'][:, :1]))
     if 'value' in self.scales:
@@ -152,6 +152,7 @@ def signals(self: HierarchicalDynamics,
     if h.surprise and h.clock in ('learned', 'length') and self.n_levels > 1: out.append(self.surprise(state, s['action'][0], s['embedded'][0]))
     return torch.cat(out, -1) if out else None, None if told is None else told.detach(), kept
 
+# %% ../../nbs/47_vta.dynamics.ipynb #515d75a7
 @patch
 def surprise(self: HierarchicalDynamics,
     state: dict,      # before the step
@@ -230,7 +231,7 @@ def count(self: HierarchicalDynamics,
                 key(l, 'seg_len'): torch.where(tick, 1., state[key(l, 'seg_len')] + steps), key(l, 'seg_num'): state[key(l, 'seg_num')] + tick}
     return out
 
-# %% ../../nbs/47_vta.dynamics.ipynb #96384391
+# %% ../../nbs/47_vta.dynamics.ipynb #65eb2328
 @patch
 def observe(self: HierarchicalDynamics,
     embed: Tensor,             # (B, T, E) embedded images
@@ -245,12 +246,14 @@ def observe(self: HierarchicalDynamics,
     assert embed.shape[:2] == act.shape[:2] == (B, T), f'embed {tuple(embed.shape)}, act {tuple(act.shape)}, first {tuple(first.shape)}: (B, T) must agree'
     keep, sample = (~first).float().unsqueeze(-1), self.training if sample is None else sample
     act = act * keep
-    event = [None] * T if event is None else event_signal(event, first, self.cfg.hierarchy.event_change).unsqueeze(-1).unbind(1)
+    nothing, columns = [None] * T, lambda x: x.float().unsqueeze(-1).unbind(1)
+    told = nothing if event is None else columns(event)
+    event = nothing if event is None else columns(event_signal(event, first, self.cfg.hierarchy.event_change))
     state = self.initial(B) if state is None else state
     before = torch.cat([state['embed'].unsqueeze(1), embed[:, :-1]], 1) * keep if 'embed' in state else None     # (B, T, E)
-    seen, critic = [c.seen(embed, before) for c in self.clocks], self.critic.embed(embed).unbind(1) if 'value' in self.scales else [None] * T
+    seen, critic = [c.seen(embed, before) for c in self.clocks], self.critic.embed(embed).unbind(1) if 'value' in self.scales else nothing
     steps = dict(act=act.unbind(1), keep=keep.unbind(1), action=by_step([RSSM.project_action(l, act) for l in self.levels], T),
-                 embedded=by_step([l.posterior.embed(embed) for l in self.levels], T), seen=by_step(seen, T), event=event, critic=critic,
+                 embedded=by_step([l.posterior.embed(embed) for l in self.levels], T), seen=by_step(seen, T), event=event, told=told, critic=critic,
                  noise=list(zip(*[RSSM.noise(l, T, B, sample=sample) for l in self.levels])), tick_noise=self.tick_noise(T, B, sample))
     post, beats = self.run(state, [dict(zip(steps, s)) for s in zip(*steps.values())])
     return self.trace(obs_names(post | ({'embed': embed} if 'embed' in state else {})), beats, first)
@@ -274,11 +277,11 @@ def tick_noise(self: HierarchicalDynamics,
     draws = [c.noise(T, B, sample, self.prior[-1].weight) for c in self.clocks]
     return [[d[t] for d in draws] for t in range(T)]
 
-# %% ../../nbs/47_vta.dynamics.ipynb #506afc89
+# %% ../../nbs/47_vta.dynamics.ipynb #4994499e
 @patch
 def run(self: HierarchicalDynamics,
     state: dict, # before the first step
-    steps: list, # of dicts: act, keep, action, embedded, seen, event, critic, noise, tick_noise
+    steps: list, # of dicts: act, keep, action, embedded, seen, event, told, critic, noise, tick_noise
 ) -> tuple: # posterior states, leading (B, T), and a list of T lists of Beat
     "The only loop over time."
     states, all_beats, wiped = [], [], ('deter', 'stoch', 'seg_len', 'seg_num')
