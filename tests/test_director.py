@@ -69,6 +69,18 @@ def test_the_shortest_segment_is_a_step(clock):
     assert metrics['ticks1'] == 1 and all(torch.isfinite(p.grad).all() for p in agent.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize('more', [('behavior.director.clock=value',), ('dynamics.name=hierarchy', 'behavior.director.clock=dynamics')])
+def test_half_precision_trains_every_level(more):
+    "A dream casts weights without gradient; the losses must not be given these."
+    torch.manual_seed(0)
+    agent = DreamerAgent(config('.', 'action_dim=5', *more), True)
+    batch = dict(obs=torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8), act=torch.eye(5)[torch.randint(5, (2, 8))], rew=torch.rand(2, 8),
+                 done=torch.zeros(2, 8, dtype=torch.bool), first=torch.zeros(2, 8, dtype=torch.bool))
+    with torch.autocast('cpu', torch.bfloat16): losses, _ = agent(batch)
+    sum(v.mean() for v in losses.values()).backward()
+    assert all(v.dtype == torch.float32 for v in losses.values()) and not [n for n, p in agent.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize('more, why', [(('behavior.director.clock=dynamics',), 'dynamics.hierarchy.levels=2'), (('behavior.director.levels=1',), 'at least 2'),
                                        (('behavior.director.clock=values',), 'did you mean `value`'), (('behavior.actor_grad=dynamics',), 'reinforce'),
                                        (('behavior.director.evry=3',), 'behavior.director.every')])
