@@ -81,8 +81,7 @@ def one(name, seed, updates, runs):
 
 DRAWINGS = { # name: (floor, whole cells, further keys)
     'dark floor, small square': (30, False, []), 'grey floor, small square': (128, False, []), 'dark floor, whole cells': (30, True, []),
-    'grey floor, whole cells': (128, True, []), 'dark floor, small square, batch norm': (30, False, ['encoder.norm=batch']),
-    'grey floor, whole cells, batch norm': (128, True, ['encoder.norm=batch']),
+    'grey floor, whole cells': (128, True, []), 'grey floor, whole cells, batch norm': (128, True, ['encoder.norm=batch']),
 }
 
 
@@ -106,7 +105,7 @@ def walks(n, steps, rng):
     return place[..., 0] + 4*place[..., 1], np.tile(goal[:, :1] + 4*goal[:, 1:], (1, steps)), np.eye(5, dtype=np.float32)[act]
 
 
-def notice(name, seed, updates=200, every=20, steps=16):
+def notice(name, seed, updates=200, every=20, steps=8):
     "World model alone, on random walks: after how many updates its reconstructions show place and goal where they are, on 64 held-out walks."
     floor, whole, more = DRAWINGS[name]
     cfg, rng = compose(AgentConfig, ['experiment=tiny_pixels', 'action_dim=5', 'device=cpu', 'encoder.norm=none', *more]), np.random.default_rng([seed, 7])
