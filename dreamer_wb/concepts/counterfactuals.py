@@ -277,7 +277,7 @@ def encode_rows(
     with torch.no_grad(): z = torch.cat([world.encoder(x).stoch for x in torch.from_numpy(images.x).split(chunk)])
     return Features(z.numpy(), images.label, images.place)
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #32653b34
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #9d5c15de
 MODELS = {'linear': 'a linear head on latents', 'mlp': 'a two-layer head on latents', 'cnn': 'the small CNN on images'}
 
 def retrain(
@@ -290,7 +290,7 @@ def retrain(
 ) -> nn.Sequential: # latents or images to logits
     "A classifier with new weights, trained by a method; heads standardise their inputs."
     torch.manual_seed(seed)
-    if model == 'cnn': return train_classifier(small_cnn(rows.x.shape[-1]), rows, val, method, seed=seed, steps=steps, amp='auto').net
+    if model == 'cnn': return train_classifier(small_cnn(rows.x.shape[-1]), rows, val, method, seed=seed, steps=steps, evals=6, amp='auto').net
     net = nn.Sequential(Standardize(rows.x), *{'linear': linear_head, 'mlp': mlp_head}[model](rows.x.shape[1]))
     return train_classifier(net, rows, val, method, seed=seed, steps=steps, lr=1e-3).net
 
