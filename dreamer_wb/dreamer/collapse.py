@@ -318,7 +318,7 @@ def _by_heart(decoder, feat, image, steps):
             opt.zero_grad(); error.sum().backward(); opt.step()
     return best
 
-# %% ../../nbs/26_dreamer.collapse.ipynb #afe5ae2b
+# %% ../../nbs/26_dreamer.collapse.ipynb #13a2596f
 def measure(
     world: nn.Module,       # a world model, also a subclass with losses of its own; it is copied, not changed
     data,                   # EpisodeStore, or a batch: `obs` (B, T, 3, H, W) uint8, `act`, `first`
@@ -326,6 +326,7 @@ def measure(
 ) -> dict: # plain numbers by name
     "Everything that the doctor looks at; raises `UserError` for fewer than 8 images."
     device, twin = next(world.parameters()).device, copy.deepcopy(world).float().train()
+    twin.dynamics.samples = 1                                                              # also where boundaries learn from two
     batch = {k: v.to(device) for k, v in (sample_batch(data) if isinstance(data, EpisodeStore) else data).items()}
     if len(batch['obs']) < 8: raise UserError(f'{len(batch["obs"])} images are too few for a diagnosis; give at least 8')
     with _seed():

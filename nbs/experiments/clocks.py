@@ -74,7 +74,7 @@ METHODS = {
     'rssm': [*COMMON, *h(levels=1)],
     'learned_3': [*LEARNED, *h(levels=3)],
     'fixed_3': [*COMMON, *h(clock='fixed', every=3, on_tick='keep', levels=3)],
-    'informed': [*LEARNED, *h(event_key='value', event_change='true', signal_scale=100, explore=.5, explore_steps=200)],     # value-informed: the clock reads the change of a value estimate
+    'informed': [*LEARNED, *h(event_key='value', event_change='true', signal_scale=25)],     # value-informed: the clock reads the change of a value estimate
     'value_event': [*COMMON, *h(clock='event', event_key='value', event_change='true', event_threshold=.35)],       # ticks where the estimate changes by more than .35
 }
 STEPS = dict(colors=200, ball=500, planted=300)
@@ -143,8 +143,8 @@ def scores(world, batch):
 
 def config(name, method, seed, steps):
     "The config of a run."
-    rewards = ['heads.reward=true', 'heads.units=64'] if name == 'planted' else []             # for all, so that features know what a value needs
-    return compose(TrainConfig, [*BASE, *METHODS[method], *rewards, f'seed={seed}', f'loop.steps={steps}'])
+    same_rate = h(boundary_rate=.24, boundary_scale=10, explore=.5, explore_steps=200) if name == 'planted' else []      # for all: colours and rewards together
+    return compose(TrainConfig, [*BASE, *METHODS[method], *same_rate, f'seed={seed}', f'loop.steps={steps}'])
 
 
 def train(name, method, seed, steps=None, evals=4):
