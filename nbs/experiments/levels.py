@@ -85,7 +85,7 @@ def ticks(agent, episodes=50, seed=55_555):
 def keys(name, seed, steps):
     "Train an agent from pixels, online."
     folder = tempfile.mkdtemp(prefix='levels_')
-    cfg = compose(AgentConfig, [*KEYS[name][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=32', 'video=false',
+    cfg = compose(AgentConfig, [*KEYS[name][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=16', 'video=false',
                                 'loop.tensorboard=false', 'loop.progress=false', 'loop.checkpoint_seconds=1000000'])
     run = train_agent(cfg)
     table, agent = read_metrics(run), load_agent(run.checkpoints/'agent.ckpt')
