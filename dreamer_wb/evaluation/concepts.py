@@ -51,7 +51,7 @@ class Recipe:
     method: str = 'erm' # see classifier.methods
     needs: str = ''     # what has to be known beyond labels
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #e0ff7132
+# %% ../../nbs/77_evaluation.concepts.ipynb #455c6e44
 _MASKS, _GROUPS = 'places, masks', 'groups of train and val'
 RECIPES = {
     'as is': Recipe('as is'),
@@ -63,6 +63,7 @@ RECIPES = {
     'factual + world model': Recipe('factual + edits', 'world model', True, needs=_MASKS),
     'reconstructions + world model': Recipe('reconstructions + edits', 'world model', True, needs=_MASKS),
     'cut-outs': Recipe('edits', 'cut-out', True, needs=_MASKS),
+    'factual + cut-outs': Recipe('factual + edits', 'cut-out', True, needs=_MASKS),
     'exact of the masked': Recipe('edits of the masked', 'exact', True, needs=_MASKS),
     'exact edits': Recipe('edits', 'exact', True, needs='places, all masks'),
     'factual + exact edits': Recipe('factual + edits', 'exact', True, needs='places, all masks'),

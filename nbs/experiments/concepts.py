@@ -28,7 +28,7 @@ from dreamer_wb.evaluation.concepts import EDITS, RECIPES, ConceptsConfig, Study
 
 OUT = Path(__file__).resolve().parent/'results'/'concepts.json'
 HEADS = [r for r in RECIPES if r not in ('reconstructions + world model', 'mean shift', 'exact of the masked')]
-IMAGES = ['as is', 'cut-outs', 'exact edits', 'GroupDRO', 'group-balanced', 'world model', 'reconstructions + world model', 'plain copies', 'DFR']
+IMAGES = ['as is', 'cut-outs', 'factual + cut-outs', 'exact edits', 'GroupDRO', 'group-balanced', 'world model', 'reconstructions + world model', 'plain copies', 'DFR']
 
 
 def study(run, args, models, recipes, parts=(), more=(), name=''):
