@@ -312,7 +312,7 @@ def image_report(
     pictures = _compare(recon[0], image) if recon else {}
     return dict(n=len(index), **pictures, kl=kl.mean().item(), active_units=active)
 
-# %% ../../nbs/25_dreamer.world_model.ipynb #e7a920c4
+# %% ../../nbs/25_dreamer.world_model.ipynb #2dffc777
 def _encode_decode(world, obs):
     "Means of the latent, KL (n,) and, if there is a decoder, reconstructions (n,3,H,W) of uint8 images, on the CPU."
     latent, dyn = world.encoder(obs), world.dynamics
@@ -323,7 +323,11 @@ def _encode_decode(world, obs):
 def _compare(recon, image):
     "Reconstructions (n,3,H,W) against images of the same shape."
     return dict(psnr=psnr(recon, image), psnr_mean_image=psnr(image.mean(0).expand_as(image), image),
-                psnr_shuffled=psnr(recon.roll(len(recon) // 2, 0), image), std_ratio=spread(recon) / spread(image), chroma_ratio=chroma(recon) / chroma(image))
+                psnr_shuffled=psnr(recon.roll(len(recon) // 2, 0), image), std_ratio=_ratio(spread, recon, image), chroma_ratio=_ratio(chroma, recon, image))
+
+def _ratio(f, recon, image):
+    "nan where the images have none, as the first images of a game that always begins alike."
+    return f(recon) / f(image) if f(image) > 0 else float('nan')
 
 # %% ../../nbs/25_dreamer.world_model.ipynb #f4885d22
 def image_rows(
