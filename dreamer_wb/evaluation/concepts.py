@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #2db36934
+# %% ../../nbs/77_evaluation.concepts.ipynb #282ffa8f
 from ..classifier.compare import few_threads, to_markdown
 from ..classifier.latents import balanced_draw
 from ..classifier.metrics import group_counts, seed_interval
-from ..concepts.counterfactuals import (MODELS, Judges, edit_report, edited, encode_rows, errors_removed, even_classes, image_features, plot_examples, retrain, robustness,
+from ..concepts.counterfactuals import (MODELS, Judges, edit_report, edited, encode_rows, errors_removed, even_classes, image_features, plot_examples, retrain, robustness, stacked,
                                                  train_judges, training_images)
 from ..concepts.directions import EncoderHead
 from ..concepts.env import draw_scenes, read_scenes
@@ -272,7 +272,7 @@ def save(self: Study, fig, name):
     with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', dpi=100)
     plt.close(fig)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #34b53bb1
+# %% ../../nbs/77_evaluation.concepts.ipynb #4746249c
 @patch
 def _tests(self: Study, form): # 'cnn' or 'latent' -> validation, test, (birds on land, birds on water), as images or as latents
     "What classifiers are chosen and tested on."
@@ -287,29 +287,34 @@ def _tests(self: Study, form): # 'cnn' or 'latent' -> validation, test, (birds o
     self._kept = dict(cnn=(*images, moved), latent=(*map(read, images), tuple(map(read, moved))))
     return self._kept[form]
 
+# %% ../../nbs/77_evaluation.concepts.ipynb #d5af14e0
 @patch
 def rows_for(self: Study,
     recipe: str, # a key of RECIPES
 ): # Features of images
-    "The training images of a recipe."
-    how = RECIPES[recipe]
+    "The training images of a recipe; the edits of one kind are made once."
+    how, seed = RECIPES[recipe], self.cfg.seed
     scenes = self.masked if 'masked' in how.rows else self.scenes['train']
-    made = training_images(how.rows, scenes, self.edit(how.edit) if how.edit else None, self.world, seed=100 + self.cfg.seed)
-    return even_classes(made, self.cfg.seed) if how.even else made
+    def make(way): return training_images(way, scenes, self.edit(how.edit) if how.edit else None, self.world, seed=100 + seed)
+    if how.rows in ('edits', 'factual + edits'):
+        if getattr(self, '_made', (None,))[0] != how.edit: self._made = how.edit, make('edits')
+        made = self._made[1] if how.rows == 'edits' else stacked(image_features(scenes.obs, scenes.label, scenes.place), self._made[1])
+    else: made = make(how.rows)
+    return even_classes(made, seed) if how.even else made
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #48a70a1a
+# %% ../../nbs/77_evaluation.concepts.ipynb #05f5283c
 @patch
 def classifier(self: Study,
     model: str,  # 'linear', 'mlp' or 'cnn'
     recipe: str, # a key of RECIPES
     seed: int,   # of weights and order
-    rows=None,   # Features of images, from rows_for; None if it was trained before
+    rows=None,   # Features of images, or of their latents for a head; None if it was trained before
 ): # trained network, of images or latents
     "Train, or read what was trained."
     file = self.folder/'cells'/f'{model}-{"".join(c if c.isalnum() else "_" for c in recipe)}-{seed}.pt'
     if file.exists(): return self._opened(model, torch.load(file, weights_only=True))
     val = self._tests('cnn' if model == 'cnn' else 'latent')[0]
-    net = retrain(rows if model == 'cnn' else encode_rows(self.world, rows), val, model, RECIPES[recipe].method, 1000 * self.cfg.seed + seed,
+    net = retrain(rows, val, model, RECIPES[recipe].method, 1000 * self.cfg.seed + seed,
                   self.cfg.cnn_steps if model == 'cnn' else self.cfg.head_steps)
     with atomic_write(file) as f: torch.save(net.state_dict(), f)
     return net.eval()
@@ -323,7 +328,7 @@ def _opened(self: Study, model, state):
     net.load_state_dict(state)
     return net.eval()
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #3fceba66
+# %% ../../nbs/77_evaluation.concepts.ipynb #f5dc2543
 @patch
 def retrain_all(self: Study) -> list: # rows, one for each model, recipe and seed
     "Train and test every classifier that is asked for and not there yet."
@@ -331,10 +336,12 @@ def retrain_all(self: Study) -> list: # rows, one for each model, recipe and see
     todo = [(w, m, s) for w in self.cfg.recipes for m in self.cfg.models for s in self.cfg.seeds if (m, w, s) not in have]
     made = (None, None)
     for w, m, s in progress(todo, 'classifiers', self.cfg.progress and None):
-        if made[0] != w: made = w, self.rows_for(w)
+        if made[0] != w: made = w, dict(image=self.rows_for(w))
+        form = 'image' if m == 'cnn' else 'latent'
+        if form not in made[1]: made[1]['latent'] = encode_rows(self.world, made[1]['image'])
         _, test, moved = self._tests('cnn' if m == 'cnn' else 'latent')
-        net = self.classifier(m, w, s, made[1])
-        self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1])) | robustness(net, test, moved, self.counts))
+        net = self.classifier(m, w, s, made[1][form])
+        self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1]['image'])) | robustness(net, test, moved, self.counts))
     return self.done['classifiers']
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #aa4f1af7
