@@ -145,7 +145,7 @@ def scores(world, batch):
 
 def config(name, method, seed, steps):
     "The config of a run."
-    same_rate = h(boundary_rate=.24, boundary_scale=10, min_seg_len=3, explore=.5, explore_steps=150) if name == 'planted' else []      # for all: colours and rewards together
+    same_rate = h(boundary_rate=.24, boundary_scale=10, min_seg_len=3, explore=.5, explore_steps=240) if name == 'planted' else []      # for all: colours and rewards together
     return compose(TrainConfig, [*BASE, *METHODS[method], *same_rate, f'seed={seed}', f'loop.steps={steps}'])
 
 
