@@ -150,7 +150,8 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *more: None if name.partition('.')[0] in {absent} else find(name, *more)
 from dreamer_wb.cli import main
-sys.exit(main(['demo', 'images=200', 'size=32', {runs!r}, 'train.loop.steps=4', 'classify.models=[dreamer_linear]', 'classify.workers=1', 'classify.maps=[]']))
+sys.exit(main(['demo', 'images=200', 'size=32', {runs!r}, 'train.loop.steps=4', 'classify.models=[dreamer_linear]', 'classify.workers=1', 'classify.maps=[]',
+               'concepts.train.loop.steps=2', 'concepts.train.latent_steps=2', 'concepts.images=40', 'concepts.judge_images=80', 'concepts.head_steps=5', 'concepts.cnn_steps=2', 'concepts.recipes=[as is,world model]']))
 """
 
 def test_demo_needs_no_extra(config, run_python, tmp_path):
