@@ -20,13 +20,13 @@ from .distributions import Bernoulli, Categorical, Gaussian, TwoHot, symexp_bins
 from .networks import mlp
 from .world_model import DreamerWorldModel
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #8be8600f
+# %% ../../nbs/28_dreamer.behavior.ipynb #ec23cfbc
 @dataclass
 class DirectorConfig:
     "Managers above the actor, see `vta.director`."
     levels: int = at_least(2, 2) # the worker, which acts, and managers above it
     clock: str = choice('every', 'dynamics', 'value') # a manager chooses a new goal every so many steps, when its level of dynamics.name=hierarchy ticks, or when the critic's value has changed
-    every: int = at_least(8, 1) # longest segment: manager l keeps a goal for at most `every**l` steps (clock=dynamics: as the dynamics say)
+    every: int = at_least(8, 1) # longest segment: manager l keeps a goal for at most `every**l` steps, whatever the clock says
     threshold: float = at_least(0.25, 0) # value: change since the last tick that makes the next one, in ranges of the returns (never below 1)
     space: str = choice('deter', 'feat') # what a goal is: memory alone (Director), or all features
     codes: int = at_least(8, 1) # variables of the code of a goal

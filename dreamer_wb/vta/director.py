@@ -171,7 +171,7 @@ def policy(self: Director,
     if l: return Categorical(raw.unflatten(-1, (c.director.codes, c.director.classes)), c.unimix)
     return Buttons(raw, c.unimix) if self.discrete else motors(raw, c.min_std, c.max_std)
 
-# %% ../../nbs/49_vta.director.ipynb #dbc50617
+# %% ../../nbs/49_vta.director.ipynb #a76edc5c
 @patch
 def ticks(self: Director,
     feat: Tensor,  # (N,F)
@@ -184,8 +184,8 @@ def ticks(self: Director,
     if d.clock == 'value': worth, unit = self.worth(feat), self.critics['task'].scale()
     for l in range(1, d.levels):
         age = memory[f'age{l}']
-        if d.clock == 'dynamics': wants = state[key(l, 'boundary')] > .5
-        else: wants = age >= d.every**l
+        wants = age >= d.every**l
+        if d.clock == 'dynamics': wants = wants | (state[key(l, 'boundary')] > .5)
         if d.clock == 'value': wants = wants | ((worth - memory[f'value{l}']).abs() > l*d.threshold*unit)
         below = (wants & below) | start | (age == 0)
         out.append(below)

@@ -38,8 +38,10 @@ LEARNED = ['dynamics.name=hierarchy', 'dynamics.hierarchy.clock=learned', 'dynam
 KEYS = { # name: (levels, when the upper ones tick, overrides)
     'flat': (1, '-', ['experiment=tiny_keys']),
     'manager every 4 steps': (2, 'fixed', ['experiment=tiny_director']),
-    'manager on the learned clock': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics']),
-    'manager on the learned clock that reads value': (2, 'learned, value', ['experiment=tiny_director', *LEARNED, 'dynamics.hierarchy.value=true', 'behavior.director.clock=dynamics']),
+    'manager on the learned clock': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics', 'behavior.director.every=8']),
+    'manager on the learned clock, no limit': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics', 'behavior.director.every=1000']),
+    'manager on the learned clock that reads value': (2, 'learned, value', ['experiment=tiny_director', *LEARNED, 'dynamics.hierarchy.value=true', 'behavior.director.clock=dynamics',
+                                                                              'behavior.director.every=8']),
     "manager where the critic's value changes": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.threshold=0.1']),
     'learned clock, no goals': (2, 'learned', ['experiment=tiny_keys', *LEARNED]),
     'two managers, 3 and 9 steps': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3']),
