@@ -3,7 +3,6 @@
     python nbs/experiments/vta_original.py                          # everything that is not in the results yet
     python nbs/experiments/vta_original.py --only colors/ours --seeds 10
     python nbs/experiments/vta_original.py --gradients              # straight-through beside the exact gradient, a CPU minute
-    python nbs/experiments/vta_original.py --changes --seeds 3      # which changes of colour are found, with the coin and without
 
 Every run is a `dreamer-wb train` in --runs; interrupted (also by SIGTERM), the same command goes on where it was. The curves, the evaluations and the
 boundaries of some sequences go to results/vta_original.json after each run.
@@ -24,8 +23,8 @@ QUIET = ['loop.progress=false', 'loop.tensorboard=false', 'loop.checkpoint_secon
 STRAIGHT = ['look_ahead=true', 'boundary_gradient=straight_through', 'beta_anneal=1', 'explore=0']
 PUBLISHED = [*STRAIGHT, 'obs_post_lag=0', 'causal=false', 'boundary_lag=0', 'num_layers=3']
 COLORS, BALL = ['experiment=colors', 'eval_size=192'], ['experiment=bouncing_balls_cpu', 'eval_size=192']
-TWO = [*BALL, 'balls.balls=2', 'balls.radius=3', 'balls.speed=1.5', 'balls.noise=0.1', 'belief_size=64', 'state_size=32', 'width=16', 'batch_size=8', 'obs_std=.25', 'explore=3000',
-       'loop.steps=5000', 'loop.eval_every=250', 'loop.lr=3e-3']
+TWO = [*BALL, 'balls.balls=2', 'balls.radius=3', 'balls.speed=1.5', 'balls.noise=0.1', 'belief_size=64', 'state_size=32', 'width=16', 'batch_size=8', 'obs_std=.25', 'explore=2000',
+       'loop.steps=3000', 'loop.eval_every=250', 'loop.lr=3e-3']
 RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': TWO, 'maze/ours': ['experiment=maze_cpu', 'eval_size=192'],
         'colors/no_coin': [*COLORS, 'explore=0', 'loop.steps=800'], 'big_ball/no_coin': [*BALL, 'explore=0', 'loop.steps=1000'], 'colors/published': [*COLORS, *PUBLISHED, 'loop.steps=600'],
         'colors/lags': [*COLORS, *STRAIGHT, 'loop.steps=600'], 'big_ball/published': [*BALL, *PUBLISHED, 'loop.steps=600'],
@@ -42,7 +41,9 @@ def collect(run, cfg):
     if (run.path/'boundary_eval.json').exists(): out['truth'] = read_json(run.path/'boundary_eval.json')['truth']
     if out['done']:
         first = {k: v[:6] for k, v in vta_batches(cfg)[1][0].items()}
-        windows = window_episodes(VTA.load_from_checkpoint(run.checkpoints/'vta.ckpt'), [first])
+        model = VTA.load_from_checkpoint(run.checkpoints/'vta.ckpt')
+        windows = window_episodes(model, [first])
+        if cfg.env_type == 'bouncing_balls' and cfg.balls.balls == 1: out['changes'] = changes(model, cfg)
         out['examples'] = {k: windows[k].tolist() for k in ('read', 'true')}
     return out
 
@@ -78,24 +79,19 @@ def gradients(seed, updates=100, n=64):
     return {k: dict(saved=saved[:, 1:][m[:, 1:]].tolist(), slope=slope[:, 1:][m[:, 1:]].tolist()) for k, m in kinds.items()}
 
 
-def changes(seed, updates=400):
-    "Of the big ball's changes from each colour to each other one: how many are found, how many there are."
-    out = {}
-    for name in ('no_coin', 'ours'):
-        cfg = compose(VTATrainConfig, [*RUNS[f'big_ball/{name}'], *QUIET, f'seed={seed}', f'loop.steps={updates}', 'loop.eval_every=0', 'eval_size=512'])
-        set_seed(seed)
-        model, (batches, valid) = VTA(cfg), vta_batches(cfg)
-        fit(model, batches, cfg.loop)
-        windows, C, T = window_episodes(model, valid), cfg.init_size, cfg.seq_size
-        obs = torch.cat([b['obs'][:, C - 1:C + T] for b in valid]).amax((-1, -2)) > 127                # (N,T+1,3), the ball is all that is lit
-        colour = (obs * torch.tensor([4, 2, 1])).sum(-1).numpy()                                       # 1 to 6
-        counts = torch.zeros(2, 6, 6, dtype=int)
-        for i, t in zip(*(windows['true'] & ~windows['forced']).nonzero()):
-            at = colour[i, t] - 1, colour[i, t + 1] - 1
-            counts[1][at] += 1
-            counts[0][at] += int(windows['read'][i, t])
-        out[name] = dict(found=counts[0].tolist(), all=counts[1].tolist())
-    return out
+def changes(model, cfg):
+    "Of the big ball's changes from each colour (1 to 6, in binary red green blue) to each other one: found, found one frame late only, all."
+    cfg.eval_size = 512
+    valid, C, T = vta_batches(cfg)[1], cfg.init_size, cfg.seq_size
+    windows, counts = window_episodes(model, valid), torch.zeros(3, 6, 6, dtype=int)
+    lit = torch.cat([b['obs'][:, C - 1:C + T] for b in valid]).amax((-1, -2)) > 127                    # (N,T+1,3): nothing but the ball is lit
+    colour = (lit * torch.tensor([4, 2, 1])).sum(-1).numpy()
+    for i, t in zip(*(windows['true'] & ~windows['forced']).nonzero()):
+        at, read = (colour[i, t] - 1, colour[i, t + 1] - 1), windows['read'][i]
+        counts[2][at] += 1
+        counts[0][at] += int(read[t])
+        counts[1][at] += int(not read[t] and t + 1 < T and read[t + 1])
+    return dict(zip(('found', 'late', 'all'), counts.tolist()))
 
 
 def main():
@@ -105,10 +101,8 @@ def main():
     parser.add_argument('--runs', default='runs/vta_original', help='folder of the runs')
     parser.add_argument('--collect', action='store_true', help='only gather what is there, finished or not')
     parser.add_argument('--gradients', action='store_true', help='only compare gradients')
-    parser.add_argument('--changes', action='store_true', help='only count which changes of colour are found')
     args = parser.parse_args()
     def keep(key, value): write_json(RESULTS, dict(read_json(RESULTS) if RESULTS.exists() else {}, **{key: value}))
-    if args.changes: return keep('changes', {str(seed): changes(seed) for seed in args.seeds})
     if args.gradients: return keep('gradients', {str(seed): gradients(seed) for seed in args.seeds})
     for seed in args.seeds:
         for name in args.only:
