@@ -29,7 +29,7 @@ STRIPS = OUT.with_name('agent_strips.npz')
 RUNS = { # name: (overrides, seeds, updates, episodes of the last evaluation)
     'reach': (['experiment=tiny_pixels'], (10, 11, 12), 1600, 100),
     'reach, hierarchy': (['experiment=tiny_pixels', 'dynamics.name=hierarchy', 'dynamics.hierarchy.clock=fixed'], (10,), 1600, 100),
-    'pendulum': (['experiment=pendulum'], (10, 11), 2000, 20),
+    'pendulum': (['experiment=pendulum', 'loop.eval_every=200'], (10,), 600, 20),
 }
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'image', 'reward', 'return_task', 'entropy', 'psnr')
 
@@ -61,6 +61,13 @@ def strip(cfg, agent, steps=12):
     known = world.encoder(obs.permute(0, 1, 4, 2, 3)[:, :seen], act[:, :seen])
     dreamt = world.decoder(torch.cat([known.feat, world.rollout(known, act[:, seen:], sample=False)], 1))[0]
     return obs[0].numpy(), float_to_image(dreamt).permute(0, 2, 3, 1).numpy()
+
+
+def ways(cfg, returns):
+    "Reach: in what share of the episodes the agent took a shortest way, and in which it never arrived; the controller plays the same ones."
+    if 'Reach' not in cfg.env.name: return {}
+    best = np.array(played(cfg, scripted_policy, len(returns)))
+    return dict(shortest=float(np.mean(np.array(returns) >= best)), never=float(np.mean(np.array(returns) == 0)))
 
 
 def one(name, seed, updates, runs):
