@@ -55,7 +55,7 @@ def look(run, pictures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='*', default=RUNS, choices=RUNS, metavar="GAME/KIND", help='which runs')
+    parser.add_argument('--only', nargs='*', default=RUNS, choices=RUNS, metavar='GAME/KIND', help='which runs')
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
     parser.add_argument('--data', default='datasets/atari', help='folder of the episodes')
     parser.add_argument('--runs', default='runs/atari_boundaries', help='folder of the runs')
