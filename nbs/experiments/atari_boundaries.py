@@ -4,7 +4,7 @@
     python nbs/experiments/atari_boundaries.py --only breakout/pixels
 
 Episodes are played by the scripted players of `vta.atari`, 16 for training and 6 that are never trained on; a model is a `dreamer-wb train experiment=hierarchy_atari`.
-Results go to results/atari_boundaries.json, the figures of one held-out episode of each game to results/atari_*.jpg.
+Results go to results/atari_boundaries.json, the figures of the held-out episode of each game that has most boundaries to results/atari_*.jpg.
 """
 import argparse
 import json
@@ -46,7 +46,9 @@ def look(run, pictures):
     "The evaluation of `dreamer-wb boundaries` on the held-out episodes, with its figures if they are wanted."
     episodes, settings = run_episodes(run, n=6), boundary_settings(run, 1)
     result, diagnosis = judge_boundaries(episodes, settings, tol=(0, 1), n=2000, draws=500), diagnose_episodes(episodes, settings)
-    for name, fig in (boundary_figures(episodes[0], settings, 'boundary', 24) if pictures else {}).items():
+    most = max(episodes, key=lambda e: (e['read'] & ~e['forced']).sum())
+    window = 'boundary' if (most['read'] & ~most['forced']).any() else 'delta'
+    for name, fig in (boundary_figures(most, settings, window, 24) if pictures else {}).items():
         with atomic_write(HERE/'results'/f'{pictures}_{name}.jpg') as f: fig.savefig(f, format='jpeg', dpi=60, pil_kwargs=dict(quality=70))
     rows = read_metrics(run.metrics)
     return dict(events=result['events'], summary=result['summary'], verdicts=result['verdicts'], diagnosis=str(diagnosis), cause=diagnosis.cause,
