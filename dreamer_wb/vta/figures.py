@@ -196,7 +196,7 @@ def _panels(e, settings):
     if e['events']: rows['events'] = [(k, v.astype(float), None) for k, v in e['events'].items()]
     return rows
 
-# %% ../../nbs/44_vta.figures.ipynb #ab3b1cec
+# %% ../../nbs/44_vta.figures.ipynb #0585fcff
 def boundary_internal(
     episode:dict, # `read_prob`, `read` and what else is known: `kl_…`, `seg_len`, `seg_num`, `value`, `rew`, `obs`
     settings:BoundarySettings, # from boundary_settings
@@ -213,7 +213,7 @@ def boundary_internal(
         ax.set_ylabel(title, fontsize=8)
         for s in t[e['read'][part]]: ax.axvline(s, color='tab:red', lw=.8, alpha=.6, ls='--' if e['forced'][s] else '-', zorder=0)
     marks = t[e['true'][part]] if 'true' in e else t[:0]
-    axes[0, 0].plot(marks, np.full(len(marks), 1.06), 'kv', ms=4, clip_on=False, transform=axes[0, 0].get_xaxis_transform())
+    if len(marks): axes[0, 0].plot(marks, np.full(len(marks), 1.06), 'kv', ms=4, clip_on=False, transform=axes[0, 0].get_xaxis_transform())
     axes[-1, 0].set_xlabel('frame', fontsize=8)
     fig.get_layout_engine().set(rect=(0, 0, 1, 1 - .3/fig.get_figheight()))
     return _headed(fig, e, part, settings)
