@@ -84,6 +84,32 @@ def ticks(agent, episodes=50, seed=55_555):
     return dict(others=counts[0].tolist(), key=counts[1].tolist())                  # [steps, ticks]
 
 
+def auc(x, event):
+    "Probability that x is larger at an event than elsewhere; ties count half."
+    a, b = x[event][:, None], x[~event][None]
+    return float(((a > b) + .5*(a == b)).mean())
+
+
+def jumps(agent, pressed, episodes=100, seed=66_666):
+    "Does the agent's own critic notice the key? Changes of value and of the picture in the step that takes it, and in others; with random actions, or its most probable ones."
+    stream, player = Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), agent.cfg.size), seed), Player(agent, explore=False)
+    row, had, last, found, over, anything = stream.reset(), np.zeros(10, bool), None, [], 0, random_policy(stream)
+    while over < episodes:
+        act = player(row)
+        with torch.no_grad(): value = agent.behavior.critics['task'](agent.world.dynamics.feat(player.state)).mode.numpy()
+        has, go_on = stream.info.get('taken', np.zeros(10, bool)).astype(bool) & ~row['first'], ~row['first'] & (row['rew'] == 0)
+        if last is not None:
+            moved = np.abs(row['obs'].astype(float) - last[1]).mean((1, 2, 3))
+            found += [np.stack([has & ~had, np.abs(value - last[0]), moved], 1)[go_on]]
+        had, last = has, (value, row['obs'].astype(float))
+        row = stream.step(anything(row) if pressed == 'random' else act)
+        over += row['last'].sum()
+    key, change, moved = np.concatenate(found).T
+    key = key > 0
+    if not key.any(): return dict(keys=0, steps=len(key))
+    return dict(keys=int(key.sum()), steps=len(key), at_key=float(change[key].mean()), elsewhere=float(change[~key].mean()), auc_value=auc(change, key), auc_picture=auc(moved, key))
+
+
 def keys(name, seed, steps):
     "Train an agent from pixels, online."
     folder = tempfile.mkdtemp(prefix='levels_')
@@ -95,7 +121,8 @@ def keys(name, seed, steps):
     curve = [{k: round(row[k], 4) for k in COLUMNS if k in row and row[k] == row[k]} for row in table.to_dict('records')]
     clocked = cfg.behavior.name == 'director' or cfg.dynamics.name == 'hierarchy'
     out = dict(updates=steps, env_steps=int(table['env_steps'].max()), cpu_seconds=run.stages()['train']['cpu_seconds'], parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
-               success=float(np.mean(found['returns'])), length=float(np.mean(found['lengths'])), episodes=len(found['returns']), ticks=ticks(agent) if clocked else None, curve=curve)
+               success=float(np.mean(found['returns'])), length=float(np.mean(found['lengths'])), episodes=len(found['returns']), ticks=ticks(agent) if clocked else None,
+               jumps={pressed: jumps(agent, pressed) for pressed in ('random', 'own')}, curve=curve)
     shutil.rmtree(folder)
     return out
 
