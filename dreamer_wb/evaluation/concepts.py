@@ -368,12 +368,12 @@ def look(self: Study,
     if not masks.any((1, 2)).all(): return found
     return found | {k: float(v.mean()) for k, v in localisation(cam_maps(net, x.x), masks).items() if k in ('energy', 'pointing', 'area_iou')}
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #42b00e1b
+# %% ../../nbs/77_evaluation.concepts.ipynb #b5766b5e
 @patch
 def look_all(self: Study) -> list: # rows
     "Look into all classifiers of the first seed."
     seed = self.cfg.seeds[0]
-    wanted = {f'{r["model"]}: {r["recipe"]}': r for r in self.done['classifiers'] if r['seed'] == seed and 'tcav' not in r and r['model'] != 'linear'}
+    wanted = {f'{r["model"]}: {r["recipe"]}': r for r in self.done['classifiers'] if r['seed'] == seed and r['recipe'] in self.cfg.recipes and 'tcav' not in r and r['model'] != 'linear'}
     nets = {k: self.classifier(r['model'], r['recipe'], seed) for k, r in wanted.items()}
     nets = {k: net if wanted[k]['model'] == 'cnn' else EncoderHead(self.world, net).eval() for k, net in nets.items()}
     found = {k: self.look(nets[k]) for k in progress(list(nets), 'looks', self.cfg.progress and None)}

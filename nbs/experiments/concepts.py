@@ -63,6 +63,7 @@ def main():
     p.add_argument('runs', nargs='+', help='run folders of `dreamer-wb demo`')
     p.add_argument('--parts', nargs='+', default=['edits', 'heads', 'images', 'looks'], choices=['edits', 'heads', 'images', 'looks'], help='what to do (%(default)s)')
     p.add_argument('--edits', nargs='+', default=list(EDITS), choices=list(EDITS), metavar='NAME', help='kinds of edits (all)')
+    p.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES), metavar='NAME', help='ways of retraining (all)')
     p.add_argument('--controls', action='store_true', help='measure the autoencoder, too')
     p.add_argument('--variant', nargs=2, metavar=('NAME', 'OVERRIDES'), help="measure a world model trained otherwise, e.g. fewer_masks 'train.masks=.4'")
     p.add_argument('--looks', type=int, default=15, help='test images of each group for TCAV, Grad-CAM and corruptions (%(default)d)')
@@ -86,7 +87,7 @@ def main():
             done['variants'].append(plain(dict(variant=name, settings=more, seed=seed, **edit_report(WorldEdit(s.world), *(h := s.held_out())[:1], s.judges, s.world, h[1], seed=seed))))
             write_json(args.out, done)
             continue
-        s = study(run, args, ['linear', 'mlp'], HEADS)
+        s = study(run, args, ['linear', 'mlp'], [r for r in HEADS if r in args.recipes])
         timed('world model', lambda: s.world)
         if 'edits' in args.parts: timed('edits', s.measure_edits)
         if args.controls and not any(r['edit'] == 'autoencoder' for r in s.done['edits']):
@@ -94,7 +95,7 @@ def main():
             s.keep('edits', dict(edit='autoencoder') | edit_report(d, scenes, s.judges, s.world, twins, seed=seed))
         if 'heads' in args.parts: timed('heads', s.retrain_all)
         if 'images' in args.parts:
-            s.cfg = dataclasses.replace(s.cfg, models=['cnn'], recipes=IMAGES)
+            s.cfg = dataclasses.replace(s.cfg, models=['cnn'], recipes=[r for r in IMAGES if r in args.recipes])
             timed('images', s.retrain_all)
         if 'looks' in args.parts: timed('looks', s.look_all)
         s.write()
