@@ -66,6 +66,7 @@ LEARNED = [*COMMON, *h(boundary_gradient='leave_one_out', change='true')]
 METHODS = {
     'learned': LEARNED,                                                                   # VTA-Dreamer, as it is meant to be used
     'explored': [*LEARNED, *h(explore=.5, explore_steps=100)],                           # READ is tried out at first, whatever the clock thinks of it
+    'apart': [*LEARNED, *h(min_seg_len=2)],                                             # no two READs in a row; added after the others had been seen
     'no_change': [*LEARNED, *h(change='false')],
     'straight_through': [*COMMON, *h(boundary_gradient='straight_through', max_seg_len=10)],     # VTA-Dreamer, the way of the seed
     'length': [*LEARNED, *h(clock='length'), 'dynamics.latent=categorical', 'dynamics.stoch=4', 'dynamics.classes=8'],   # LOVE
@@ -79,7 +80,7 @@ METHODS = {
     'value_event': [*COMMON, *h(clock='event', event_key='value', event_change='true', event_threshold=.35)],       # ticks where the estimate changes by more than .35
 }
 STEPS = dict(colors=200, ball=500, planted=240)
-RUNS = [*(f'colors/{m}' for m in ('learned', 'explored', 'straight_through', 'length', 'gate', 'fixed', 'rssm', 'oracle', 'no_change', 'learned_3', 'fixed_3')),
+RUNS = [*(f'colors/{m}' for m in ('learned', 'explored', 'apart', 'straight_through', 'length', 'gate', 'fixed', 'rssm', 'oracle', 'no_change', 'learned_3', 'fixed_3')),
         *(f'planted/{m}' for m in ('learned', 'informed', 'value_event')), *(f'ball/{m}' for m in ('learned', 'straight_through', 'fixed', 'oracle'))]
 
 
