@@ -73,7 +73,7 @@ def test_presets_train(tmp_path):
 
 
 def test_the_clock_finds_colours():
-    "Leave-one-out finds every change of colour, and nothing else, within 150 updates; straight-through ends without a boundary (see nbs/experiments/clocks.ipynb)."
+    "With this seed leave-one-out finds every change of colour, and nothing else, within 150 updates; straight-through does not (see nbs/experiments/clocks.ipynb)."
     from dreamer_wb.core.config import compose
     from dreamer_wb.core.learner import fit, set_seed
     from dreamer_wb.vta.inspect import world_scores
