@@ -29,7 +29,7 @@ STRIPS = OUT.with_name('agent_strips.npz')
 RUNS = { # name: (overrides, seeds, updates, episodes of the last evaluation)
     'reach': (['experiment=tiny_pixels'], (10, 11, 12), 1600, 100),
     'reach, hierarchy': (['experiment=tiny_pixels', 'dynamics.name=hierarchy', 'dynamics.hierarchy.clock=fixed'], (10,), 1600, 100),
-    'pendulum': (['experiment=pendulum', 'loop.eval_every=200'], (10,), 600, 20),
+    'pendulum': (['experiment=pendulum', 'loop.eval_every=100'], (10,), 500, 20),
 }
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'image', 'reward', 'return_task', 'entropy', 'psnr')
 
@@ -88,7 +88,7 @@ def one(name, seed, updates, runs):
 
 DRAWINGS = { # name: (floor, whole cells, further keys)
     'dark floor, small square': (30, False, []), 'grey floor, small square': (128, False, []), 'dark floor, whole cells': (30, True, []),
-    'grey floor, whole cells': (128, True, []), 'grey floor, whole cells, batch norm': (128, True, ['encoder.norm=batch']),
+    'dark floor, small square, loop.clip=1': (30, False, ['loop.clip=1']), 'grey floor, whole cells': (128, True, []), 'grey floor, whole cells, batch norm': (128, True, ['encoder.norm=batch']),
 }
 
 
