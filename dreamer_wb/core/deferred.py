@@ -73,7 +73,7 @@ class Block:
     @staticmethod
     def weight_grads(x, g, n): return x.mT @ g, g.sum(1, keepdim=True)
 
-# %% ../../nbs/03_core.deferred.ipynb #43981d16
+# %% ../../nbs/03_core.deferred.ipynb #d7ae2c66
 class Held:
     "The parameters of one layer for one scan: call it at every step."
     def __init__(self,
@@ -89,7 +89,7 @@ class Held:
         if self.held is None:
             amp, device = torch.is_autocast_enabled(x.device.type), x.device.type
             dtype = self.kind.dtype or (torch.get_autocast_dtype(device) if amp else self.params[0].dtype)
-            self.held = Hold.apply(self.kind, self.tape, dtype, *self.params)
+            with torch.enable_grad(): self.held = Hold.apply(self.kind, self.tape, dtype, *self.params)
         self.number += 1
         return Step.apply(self.kind, self.tape, self.number, x, *self.held)
 
