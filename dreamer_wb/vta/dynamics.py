@@ -42,7 +42,7 @@ def part(
 def obs_names(
     state: dict, # flat state
 ) -> dict: # the same with `obs_belief`, `obs_stoch`, `obs_mean` … beside `deter`, `stoch`, `mean` …
-    "Level 0 under the names of seed 004 as well; the tensors are shared."
+    "Level 0 under the names of the earlier code as well; the tensors are shared."
     return {**state, **{f"obs_{'belief' if n == 'deter' else n}": v for n, v in part(state, 0).items()}}
 
 # %% ../../nbs/47_vta.dynamics.ipynb #cd09bcb2

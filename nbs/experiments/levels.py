@@ -1,4 +1,4 @@
-"""Levels, clocks and goals: seed 001's table, each row backed by runs of the agent on a small task with one sparse reward.
+"""Levels, clocks and goals: the table of related work, each row backed by runs of the agent on a small task with one sparse reward.
 
     python nbs/experiments/levels.py                              # everything
     python nbs/experiments/levels.py --part rooms                 # a known world: managers and worker alone
