@@ -407,7 +407,7 @@ MEASURED = {'shows the other place': ('flip', 1, 100), 'keeps its own': ('null_k
             'Fréchet': ('frechet', 2, 1), 'leak, linear': ('leak_encoded_linear', 2, 1), 'leak, MLP': ('leak_encoded_mlp', 2, 1)}
 
 def edit_table(
-    rows: list, # of `Study.measure_edits`, of one study or several
+    rows: list, # of Study.measure_edits, of one study or several
 ): # DataFrame of words
     "What was measured of each kind of edit."
     import pandas as pd
@@ -418,7 +418,7 @@ def edit_table(
 LOOKS = {'water speaks for a water bird': ('tcav', 1, 1), 'map on the bird': ('energy', 1, 100), 'area IoU': ('area_iou', 2, 1), 'corrupted': ('corrupted', 1, 100), 'corrupted, worst': ('corrupted_worst', 1, 100)}
 
 def classifier_table(
-    rows: list, # of `Study.retrain_all`, of one study or several
+    rows: list, # of Study.retrain_all, of one study or several
     model: str, # 'linear', 'mlp' or 'cnn'
 ): # DataFrame of words
     "One row for each recipe; errors removed are those of the worst group, compared with `as is`."
@@ -434,7 +434,7 @@ def classifier_table(
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #af1dad54
 def plot_recipes(
-    rows: list, # of `Study.retrain_all`, of one study or several
+    rows: list, # of Study.retrain_all, of one study or several
 ): # matplotlib Figure
     "Worst group and adjusted average of every recipe, a point for each seed."
     from matplotlib.figure import Figure

@@ -164,7 +164,7 @@ def build(cls: Director,
 @patch
 def policy(self: Director,
     l: int,    # level
-    x: Tensor, # (..., n) what it reads, see `join`
+    x: Tensor, # (..., n) what it reads, see join
 ): # distribution over codes (..., K, C), of the worker over actions (..., A)
     "What a level would do."
     raw, c = self.levels[l].actor(x), self.cfg
