@@ -20,7 +20,7 @@ STRANGERS = {'vta', 'lpm', 'classifier'}                       # never import on
 HEAVY = {'torch', 'torchvision', 'fastai', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'umap', 'numba', 'wandb', 'tensorboard', 'hydra', 'PIL', 'scipy'}
 LIGHT = {'numpy', 'fastcore', 'dreamer_wb'} | set(sys.stdlib_module_names)
 TORCH = {'dreamer', 'classifier', 'vta', 'lpm', 'concepts'}     # chapters that are about networks
-MAY_ALSO = {**{f'evaluation.{m}': {'torch'} for m in ('tcav', 'gradcam', 'corruptions', 'evaluate')}, 'core.deferred': {'torch'}, 'core.graph': {'torch'},
+MAY_ALSO = {**{f'evaluation.{m}': {'torch'} for m in ('tcav', 'gradcam', 'corruptions', 'evaluate', 'concepts')}, 'core.deferred': {'torch'}, 'core.graph': {'torch'},
             'core.learner': {'torch', 'fastai'},              # the one training loop is a fastai Learner
             'data.episodes': {'torch'}, 'data.synthetic': {'PIL'}}   # what they hand out, what they draw with
 

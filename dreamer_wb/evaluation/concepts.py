@@ -147,7 +147,7 @@ class Study:
         mask[np.random.default_rng([self.cfg.seed, 61]).permutation(n)[round(self.cfg.train.masks * n):]] = False
         return dataclasses.replace(self.scenes['train'], mask=mask)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #3a3530c6
+# %% ../../nbs/77_evaluation.concepts.ipynb #7780ad30
 @patch
 def train(self: Study) -> Run:
     "Teach the world model the edit, or go on with that."
@@ -155,14 +155,16 @@ def train(self: Study) -> Run:
     return train_concepts(dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, progress=cfg.loop.progress and self.cfg.progress)))
 
 @patch(as_prop=True)
-def world(self: Study): # DreamerWorldModel that knows the edit
+def world(self: Study): # DreamerWorldModel
+    "The world model that knows the edit."
     if not hasattr(self, '_world'):
         from dreamer_wb.dreamer.world_model import DreamerWorldModel
         self._world = DreamerWorldModel.load_from_checkpoint(self.train().checkpoints/'world_model.ckpt').eval()
     return self._world
 
 @patch(as_prop=True)
-def counts(self: Study): # (4,) training images of each group
+def counts(self: Study): # (4,)
+    "Training images of each group."
     return group_counts((2 * self.scenes['train'].label + self.scenes['train'].place).numpy())
 
 @patch
@@ -254,7 +256,7 @@ def measure_edits(self: Study) -> list: # rows, one for each kind of edit
         self.keep('edits', row)
     return self.done['edits']
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #6d336fae
+# %% ../../nbs/77_evaluation.concepts.ipynb #36c0298f
 @patch
 def _pictures(self: Study, name, d, scenes, twins):
     "Strips, examples with the worst, and a film of one edit."
@@ -266,7 +268,10 @@ def _pictures(self: Study, name, d, scenes, twins):
         with atomic_write(self.folder/'figures'/f'{key}.gif') as f: f.write(strip_film(strips))
 
 @patch
-def save(self: Study, fig, name):
+def save(self: Study,
+    fig,       # matplotlib Figure, closed afterwards
+    name: str, # of the file, without `.png`
+):
     "A figure as PNG."
     from matplotlib import pyplot as plt
     with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', dpi=100)
@@ -395,7 +400,7 @@ def _corrupted(self: Study, nets): # {name: {corrupted, corrupted_worst}}; empty
     hit = table[table['severity'] > 0].groupby('model')[['error', 'worst']].mean()
     return {k: dict(corrupted=float(hit.loc[k, 'error']), corrupted_worst=float(hit.loc[k, 'worst'])) for k in nets}
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #e001f416
+# %% ../../nbs/77_evaluation.concepts.ipynb #9396ed97
 def _over(rows, key, digits=1, scale=100): # mean over seeds, with an interval from three seeds on
     x = [r[key] for r in rows if r.get(key) is not None]
     if not x: return ''
@@ -414,7 +419,7 @@ def edit_table(
     several = {e: [r for r in rows if r['edit'] == e] for e in dict.fromkeys(r['edit'] for r in rows)}
     return pd.DataFrame([dict(edit=e) | {k: _over(x, *v) for k, v in MEASURED.items()} for e, x in several.items()])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #a8c00259
+# %% ../../nbs/77_evaluation.concepts.ipynb #8331ba60
 LOOKS = {'water speaks for a water bird': ('tcav', 1, 1), 'map on the bird': ('energy', 1, 100), 'area IoU': ('area_iou', 2, 1), 'corrupted': ('corrupted', 1, 100), 'corrupted, worst': ('corrupted_worst', 1, 100)}
 
 def classifier_table(
@@ -432,7 +437,7 @@ def classifier_table(
         out.append(row | {k: _over(some, *v) for k, v in LOOKS.items() if any(v[0] in r for r in mine)})
     return pd.DataFrame(out)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #af1dad54
+# %% ../../nbs/77_evaluation.concepts.ipynb #aed14145
 def plot_recipes(
     rows: list, # of Study.retrain_all, of one study or several
 ): # matplotlib Figure

@@ -160,7 +160,7 @@ def build(cls: Director,
         raise UserError(f'behavior.director.clock=dynamics: {d.levels} levels need dynamics.name=hierarchy with dynamics.hierarchy.levels={d.levels}, there is {have}; or use clock=every or value')
     return cls(dyn.n_feat, n_action, discrete, cfg, rewards, dyn.n_deter if d.space == 'deter' else 0)
 
-# %% ../../nbs/49_vta.director.ipynb #c0d37940
+# %% ../../nbs/49_vta.director.ipynb #31ac31ba
 @patch
 def policy(self: Director,
     l: int,    # level
@@ -361,7 +361,7 @@ class TwoRooms(nn.Module):
     def place(self, feat): return (F.normalize(feat, dim=-1) @ self.bumps.T).argmax(-1)
     def img_step(self, state, act, sample=None): return dict(at=self.step[state['at'], act.argmax(-1)])
 
-# %% ../../nbs/49_vta.director.ipynb #0aa1b436
+# %% ../../nbs/49_vta.director.ipynb #fc03eb84
 @patch
 def predict(self: TwoRooms,
     feat: Tensor, # (..., P)
@@ -371,7 +371,12 @@ def predict(self: TwoRooms,
     return there, 1 - there
 
 @patch
-def imagine(self: TwoRooms, policy, state, length, sample=None):
+def imagine(self: TwoRooms,
+    policy,      # function of features (N, F) that returns actions (N, A)
+    state: dict, # first state, (N, …)
+    length: int, # steps L
+    sample=None, # without meaning here
+) -> dict: # states (N, L, …) and `act` (N, L, A)
     "As that of `RSSM`."
     out = []
     for _ in range(length):
