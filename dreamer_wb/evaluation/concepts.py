@@ -419,7 +419,7 @@ def edit_table(
     several = {e: [r for r in rows if r['edit'] == e] for e in dict.fromkeys(r['edit'] for r in rows)}
     return pd.DataFrame([dict(edit=e) | {k: _over(x, *v) for k, v in MEASURED.items()} for e, x in several.items()])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #8331ba60
+# %% ../../nbs/77_evaluation.concepts.ipynb #ac51580c
 LOOKS = {'water speaks for a water bird': ('tcav', 1, 1), 'map on the bird': ('energy', 1, 100), 'area IoU': ('area_iou', 2, 1), 'corrupted': ('corrupted', 1, 100), 'corrupted, worst': ('corrupted_worst', 1, 100)}
 
 def classifier_table(
@@ -430,20 +430,20 @@ def classifier_table(
     import pandas as pd
     mine, out = [r for r in rows if r['model'] == model], []
     base = [r['worst'] for r in mine if r['recipe'] == 'as is']
-    for w in dict.fromkeys(r['recipe'] for r in mine):
+    for w in [w for w in RECIPES if any(r['recipe'] == w for r in mine)]:
         some = [r for r in mine if r['recipe'] == w]
         row = {'trained on': w, 'needs': RECIPES[w].needs} | {k: _over(some, v) for k, v in {'worst group': 'worst', 'adjusted': 'adjusted', 'changed by a swap': 'swap'}.items()}
         if base: row['errors removed'] = f'{100 * errors_removed(np.mean(base), np.mean([r["worst"] for r in some])):.0f}'
         out.append(row | {k: _over(some, *v) for k, v in LOOKS.items() if any(v[0] in r for r in mine)})
     return pd.DataFrame(out)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #aed14145
+# %% ../../nbs/77_evaluation.concepts.ipynb #8a4fd67f
 def plot_recipes(
     rows: list, # of Study.retrain_all, of one study or several
 ): # matplotlib Figure
     "Worst group and adjusted average of every recipe, a point for each seed."
     from matplotlib.figure import Figure
-    models, names = list(dict.fromkeys(r['model'] for r in rows)), list(dict.fromkeys(r['recipe'] for r in rows))[::-1]
+    models, names = list(dict.fromkeys(r['model'] for r in rows)), [w for w in reversed(RECIPES) if any(r['recipe'] == w for r in rows)]
     fig = Figure(figsize=(4.6 * len(models) + 1.4, .26 * len(names) + 1), layout='constrained')
     axes = fig.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for ax, m in zip(axes, models):
