@@ -55,7 +55,7 @@ def loss(self: GoalAutoencoder,
     if self.training: self._adapt(kl.detach().mean()/(self.cfg.codes*math.log(self.cfg.classes)))
     return out, error, kl
 
-# %% ../../nbs/49_vta.director.ipynb #c616128b
+# %% ../../nbs/49_vta.director.ipynb #910a3d05
 @patch
 def _adapt(self: GoalAutoencoder, share):
     "Move the weight of the KL."
@@ -63,12 +63,11 @@ def _adapt(self: GoalAutoencoder, share):
     self.beta.mul_(torch.where(up, 1.1, torch.where(down, 1/1.1, 1.))).clamp_(1e-5, 1.)
 
 @patch
-@torch.no_grad()
 def novelty(self: GoalAutoencoder,
     x: Tensor, # (..., G) states
 ) -> Tensor: # (...) mean squared error
     "How badly states come back: the manager's reward for exploring."
-    return (self.decode(self.encode(x).sample()) - x).square().mean(-1)
+    with torch.no_grad(): return (self.decode(self.encode(x).sample()) - x).square().mean(-1)
 
 # %% ../../nbs/49_vta.director.ipynb #aecd99b4
 def max_cosine(
@@ -191,19 +190,18 @@ def ticks(self: Director,
         out.append(below)
     return out
 
-# %% ../../nbs/49_vta.director.ipynb #24488bd3
+# %% ../../nbs/49_vta.director.ipynb #caa93fb3
 @patch
-@torch.no_grad()
 def worth(self: Director,
     feat: Tensor, # (..., F)
 ) -> Tensor: # (..., 1)
     "What the highest level's slow critic thinks of the task's prospects."
-    critic = self.critics['task']
-    return type(critic(feat))(critic.slow(feat), critic.bins).mode.unsqueeze(-1)
+    with torch.no_grad():
+        critic = self.critics['task']
+        return type(critic(feat))(critic.slow(feat), critic.bins).mode.unsqueeze(-1)
 
-# %% ../../nbs/49_vta.director.ipynb #94fb5bc6
+# %% ../../nbs/49_vta.director.ipynb #522f8b60
 @patch
-@torch.no_grad()
 def decide(self: Director,
     feat: Tensor,  # (N,F)
     state: dict,   # leading (N,)
@@ -212,24 +210,24 @@ def decide(self: Director,
     explore: bool = True, # draw codes, or take the most probable
 ) -> dict: # for every manager `goal1` (N,G), `code1` (N,K,C), `tick1` (N,1) bool, `age1`, `value1` (N,1)
     "Let managers speak, the highest first."
-    managers, blank, new, above = range(1, len(self.levels)), feat.new_zeros(len(feat), 1), {}, None
-    if memory is None: memory = {f'{k}{l}': blank for l in managers for k in ('goal', 'age', 'value')} | {f'code{l}': blank.unsqueeze(-1) for l in managers}
-    ticks, worth = self.ticks(feat, state, first, memory), self.worth(feat) if self.cfg.director.clock == 'value' else blank
-    for l in reversed(managers):
-        tick, new[f'age{l}'] = ticks[l - 1], memory[f'age{l}'] + 1
-        if not tick.any():                                                                         # nobody is asked
-            new |= {f'{k}{l}': memory[f'{k}{l}'] for k in ('goal', 'code', 'value')} | {f'tick{l}': tick}
-            above = new[f'goal{l}']; continue
-        dist = self.policy(l, join(feat, above))
-        code = dist.sample() if explore else dist.mode
-        above = new[f'goal{l}'] = torch.where(tick, self.goals.decode(code), memory[f'goal{l}'])
-        new[f'code{l}'] = torch.where(tick.unsqueeze(-1), code, memory[f'code{l}'])
-        new |= {f'tick{l}': tick, f'age{l}': torch.where(tick, 1., new[f'age{l}']), f'value{l}': torch.where(tick, worth, memory[f'value{l}'])}
-    return new
+    with torch.no_grad():
+        managers, blank, new, above = range(1, len(self.levels)), feat.new_zeros(len(feat), 1), {}, None
+        if memory is None: memory = {f'{k}{l}': blank for l in managers for k in ('goal', 'age', 'value')} | {f'code{l}': blank.unsqueeze(-1) for l in managers}
+        ticks, worth = self.ticks(feat, state, first, memory), self.worth(feat) if self.cfg.director.clock == 'value' else blank
+        for l in reversed(managers):
+            tick, new[f'age{l}'] = ticks[l - 1], memory[f'age{l}'] + 1
+            if not tick.any():                                                                         # nobody is asked
+                new |= {f'{k}{l}': memory[f'{k}{l}'] for k in ('goal', 'code', 'value')} | {f'tick{l}': tick}
+                above = new[f'goal{l}']; continue
+            dist = self.policy(l, join(feat, above))
+            code = dist.sample() if explore else dist.mode
+            above = new[f'goal{l}'] = torch.where(tick, self.goals.decode(code), memory[f'goal{l}'])
+            new[f'code{l}'] = torch.where(tick.unsqueeze(-1), code, memory[f'code{l}'])
+            new |= {f'tick{l}': tick, f'age{l}': torch.where(tick, 1., new[f'age{l}']), f'value{l}': torch.where(tick, worth, memory[f'value{l}'])}
+        return new
 
-# %% ../../nbs/49_vta.director.ipynb #8f931fbe
+# %% ../../nbs/49_vta.director.ipynb #9e7525f8
 @patch
-@torch.no_grad()
 def act(self: Director,
     dynamics,       # has `feat`
     state: dict,    # leading (N,)
@@ -238,31 +236,32 @@ def act(self: Director,
     explore: bool = True, # draw goals and actions, or take the most probable
 ) -> tuple: # actions (N,A), memory
     "What to do now."
-    feat = dynamics.feat(state)
-    memory = self.decide(feat, state, first, memory, explore)
-    policy = self.policy(0, join(feat, memory['goal1']))
-    return policy.sample() if explore else policy.mode, memory
+    with torch.no_grad():
+        feat = dynamics.feat(state)
+        memory = self.decide(feat, state, first, memory, explore)
+        policy = self.policy(0, join(feat, memory['goal1']))
+        return policy.sample() if explore else policy.mode, memory
 
-# %% ../../nbs/49_vta.director.ipynb #c3055f84
+# %% ../../nbs/49_vta.director.ipynb #797c8c1e
 @patch
-@torch.no_grad()
 def dream(self: Director,
     world,       # `dynamics` with `img_step` and `feat`, and predict
     state: dict, # where dreams begin, leading (N,)
 ) -> dict: # feat (N,H+1,F), act (N,H,A), rew (N,H) on arrival, cont (N,H+1); for every manager `goal1` (N,H,G), `code1` (N,H,K,C), `tick1` (N,H)
     "Imagine with the actions of the worker and the goals of the managers."
-    dyn, memory, rows = world.dynamics, None, []
-    feat = dyn.feat(state)
-    first = torch.zeros(len(feat), dtype=torch.bool, device=feat.device)
-    for _ in range(self.cfg.horizon):
-        act, memory = self.act(dyn, state, first, memory)
-        rows.append(dict(feat=feat, act=act, **{k: v for k, v in memory.items() if k[:3] not in ('age', 'val')}))
-        state = dyn.img_step(state, act, sample=True)
+    with torch.no_grad():
+        dyn, memory, rows = world.dynamics, None, []
         feat = dyn.feat(state)
-    out = {k: torch.stack([row[k] for row in rows], 1) for k in rows[0]}
-    out['feat'] = torch.cat([out['feat'], feat.unsqueeze(1)], 1)
-    rew, cont = world.predict(out['feat'])
-    return {k: v.squeeze(-1) if k[:4] == 'tick' else v for k, v in out.items()} | dict(rew=rew[:, 1:], cont=cont)
+        first = torch.zeros(len(feat), dtype=torch.bool, device=feat.device)
+        for _ in range(self.cfg.horizon):
+            act, memory = self.act(dyn, state, first, memory)
+            rows.append(dict(feat=feat, act=act, **{k: v for k, v in memory.items() if k[:3] not in ('age', 'val')}))
+            state = dyn.img_step(state, act, sample=True)
+            feat = dyn.feat(state)
+        out = {k: torch.stack([row[k] for row in rows], 1) for k in rows[0]}
+        out['feat'] = torch.cat([out['feat'], feat.unsqueeze(1)], 1)
+        rew, cont = world.predict(out['feat'])
+        return {k: v.squeeze(-1) if k[:4] == 'tick' else v for k, v in out.items()} | dict(rew=rew[:, 1:], cont=cont)
 
 # %% ../../nbs/49_vta.director.ipynb #db4d8d91
 @patch
@@ -385,22 +384,22 @@ def imagine(self: TwoRooms,
         out.append({**state, 'act': act})
     return {k: torch.stack([o[k] for o in out], 1) for k in out[0]}
 
-# %% ../../nbs/49_vta.director.ipynb #131aede3
+# %% ../../nbs/49_vta.director.ipynb #e3fa3a50
 @patch
-@torch.no_grad()
 def play(self: TwoRooms,
     behavior,              # has `act`; None presses anything
     limit: int = 40,       # steps
     explore: bool = False, # draw actions, or take the most probable
 ) -> np.ndarray: # (P,) infinite where G was not found
     "Steps to G from every place."
-    state, first, memory, took = dict(at=torch.arange(self.n)), torch.ones(self.n, dtype=torch.bool), None, np.where(np.arange(self.n) == self.goal, 0., np.inf)
-    for t in range(1, limit + 1):
-        if behavior is None: act = F.one_hot(torch.randint(5, (self.n,)), 5)
-        else: act, memory = behavior.act(self, state, first, memory, explore)
-        state, first = self.img_step(state, act), torch.zeros_like(first)
-        took[(state['at'] == self.goal).numpy() & np.isinf(took)] = t
-    return took
+    with torch.no_grad():
+        state, first, memory, took = dict(at=torch.arange(self.n)), torch.ones(self.n, dtype=torch.bool), None, np.where(np.arange(self.n) == self.goal, 0., np.inf)
+        for t in range(1, limit + 1):
+            if behavior is None: act = F.one_hot(torch.randint(5, (self.n,)), 5)
+            else: act, memory = behavior.act(self, state, first, memory, explore)
+            state, first = self.img_step(state, act), torch.zeros_like(first)
+            took[(state['at'] == self.goal).numpy() & np.isinf(took)] = t
+        return took
 
 @patch
 def score(self: TwoRooms,
