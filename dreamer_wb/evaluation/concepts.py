@@ -457,7 +457,7 @@ def plot_recipes(
     axes[0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #9298946e
+# %% ../../nbs/77_evaluation.concepts.ipynb #8d5d29da
 EXPLAINED = '''*worst group*, *adjusted*: per cent right on the test set. *changed by a swap*: how many predictions change when the bird is laid over land and over water. *errors removed*: per cent of the errors in the worst group that are gone, compared with "as is".
 *water speaks for a water bird*: TCAV's directional derivative in standard deviations of random concepts. *map on the bird*: share of the activation map on the bird. *corrupted*: error under 15 corruptions.'''
 
@@ -472,7 +472,7 @@ def write(self: Study):
         parts += [f'## {MODELS.get(name, "edits").capitalize()}', to_markdown(t)]
     if done['classifiers']: self.save(plot_recipes(done['classifiers']), 'recipes')
     done['tables'] = {k: t.to_dict('records') for k, t in tables.items()}
-    write_json(self.file, done | dict(explained=' '.join(EXPLAINED.split()), config=to_dict(self.cfg)))
+    write_json(self.file, done | dict(explained=EXPLAINED.split('\n'), config=to_dict(self.cfg)))
     with atomic_write(self.folder/'summary.md', 'w') as f: f.write('\n\n'.join(['# Concepts', *parts, ' '.join(EXPLAINED.split()), done.get('note', '')]).strip() + '\n')
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #9254e283

@@ -451,7 +451,7 @@ def _segments(
             if (run.figures/f'{name}.png').is_file(): report.figure(run.figures/f'{name}.png', caption, name)
     if (run.path/'metrics.csv').exists(): report.figure(plot_losses(run.metrics), 'Losses and scores during training.', 'losses')
 
-# %% ../../nbs/70_evaluation.report.ipynb #ae70adde
+# %% ../../nbs/70_evaluation.report.ipynb #9471dc8b
 def _concepts(
     report:Report, # the page
     run:Run, # the run
@@ -463,7 +463,7 @@ def _concepts(
     found = read_json(folder/'results.json')
     tables, figures = found.get('tables', {}), folder/'figures'
     report.heading('Counterfactuals')
-    report.text('The world model has learned what *do(land)* and *do(water)* look like. Here it imagines birds of the test set, which it has never seen, from land to water.')
+    report.text('The world model has learned what do(land) and do(water) look like. Here it imagines birds of the test set, which it has never seen, from land to water.')
     captions = {'strips_world_model': 'The image, and what is imagined: land … water.', 'examples_world_model': 'Image, edit and true twin: at random, and those whose bird came out worst.',
                 'strips_cut-out': 'The bird cut out where two imagined places agree, over real places.'}
     for key, caption in captions.items():
@@ -471,7 +471,9 @@ def _concepts(
     if 'edits' in tables: report.table(pd.DataFrame(tables['edits']), 'Edits of held-out images, in the eyes of judges trained on other images. A leak of .5 says that the original place cannot be read any more.')
     models = {'linear': 'A linear head on latents', 'mlp': 'A two-layer head on latents', 'cnn': 'The small CNN on images'}
     if any(m in tables for m in models): report.heading('Classifiers, retrained')
-    for m in (m for m in models if m in tables): report.table(pd.DataFrame(tables[m]), f'{models[m]}. {found["explained"]}'.replace('*', ''))
+    for m in (m for m in models if m in tables):
+        words = found['explained'][:2 if 'corrupted' in tables[m][0] else 1]                       # the second line is about columns that may be missing
+        report.table(pd.DataFrame(tables[m]), ' '.join([f'{models[m]}.', *words]).replace('*', ''))
     if (figures/'recipes.png').exists(): report.figure(figures/'recipes.png', 'Worst group and adjusted average after each way of retraining.', 'concepts_recipes')
     if found.get('note'): report.text(found['note'], note=True)
 
