@@ -437,7 +437,7 @@ def classifier_table(
         out.append(row | {k: _over(some, *v) for k, v in LOOKS.items() if any(v[0] in r for r in mine)})
     return pd.DataFrame(out)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #8a4fd67f
+# %% ../../nbs/77_evaluation.concepts.ipynb #262b0749
 def plot_recipes(
     rows: list, # of Study.retrain_all, of one study or several
 ): # matplotlib Figure
@@ -452,7 +452,7 @@ def plot_recipes(
                 x = [100 * r[key] for r in rows if r['model'] == m and r['recipe'] == w]
                 ax.plot(x, [i] * len(x), 'o', color=colour, ms=4, alpha=.6, label=None if i else words)
                 if x: ax.plot([np.mean(x)], [i], '|', color=colour, ms=13)
-        ax.set(title=MODELS[m], xlim=(0, 100), yticks=range(len(names)), yticklabels=names)
+        ax.set(title=MODELS[m], xlabel='right on the test set (%)', xlim=(0, 100), yticks=range(len(names)), yticklabels=names)
         ax.grid(alpha=.3, axis='x'); ax.spines[['top', 'right']].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     return fig
