@@ -264,3 +264,12 @@ def test_video_without_ffmpeg(tmp_path, monkeypatch):
     assert write_video(tmp_path/'a.mp4', frames).suffix == '.gif'
     from PIL import Image
     assert Image.open(tmp_path/'a.gif').n_frames == 5
+
+
+def test_report_of_an_agent_is_about_the_agent(tmp_path):
+    from dreamer_wb.core.runs import Run
+    from dreamer_wb.evaluation.report import run_report
+    run = Run.create({'behavior': {}, 'seed': 0}, 'agents', tmp_path, 'one')
+    (run.path/'metrics.csv').write_text('step,loss,eval_return,env_steps\n1,3.0,,100\n2,2.0,-5.5,200\n')
+    page = run_report(run).save(run.path).with_suffix('.md').read_text()
+    assert '-5.5' in page and '200' in page and 'probe' not in page

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional
 
-# %% ../../nbs/70_evaluation.report.ipynb #fce47ab9
+# %% ../../nbs/70_evaluation.report.ipynb #04f6104c
 from fastcore.basics import patch
 from ..core.config import UserError, items
-from ..core.runs import Run, atomic_write, read_json
+from ..core.runs import Run, atomic_write, read_json, read_metrics
 
 # %% ../../nbs/70_evaluation.report.ipynb #40529455
 class Report:
@@ -477,7 +477,21 @@ def _concepts(
     if (figures/'recipes.png').exists(): report.figure(figures/'recipes.png', 'Worst group and adjusted average after each way of retraining.', 'concepts_recipes')
     if found.get('note'): report.text(found['note'], note=True)
 
-# %% ../../nbs/70_evaluation.report.ipynb #14aae4a4
+# %% ../../nbs/70_evaluation.report.ipynb #490cf1d4
+def _agent(
+    report:Report, # the page
+    run:Run, # of an agent
+):
+    "Section: what it earned."
+    from dreamer_wb.core.runs import plot_losses
+    report.heading('The agent')
+    if not (run.path/'metrics.csv').exists(): return report.text('Not trained yet.', note=True)
+    table = read_metrics(run)
+    earned = table['eval_return'].dropna() if 'eval_return' in table else table['loss'][:0]
+    if len(earned): report.facts({'mean return of the last evaluation': f'{earned.iloc[-1]:.4g}', 'environment steps': f'{int(table["env_steps"].max()):,}'})
+    report.figure(plot_losses(run.metrics), 'Losses and returns during training. The films of its episodes are in the folder videos.', 'losses')
+
+# %% ../../nbs/70_evaluation.report.ipynb #55508369
 def run_report(
     run:Run, # a run folder
 ) -> Report: # the page, not yet written
@@ -486,10 +500,11 @@ def run_report(
     env = _environment(run)
     made = env.get('time', datetime.datetime.now().isoformat())[:16].replace('T', ' ')
     segments = 'seg_num' in run.config                                                             # a VTA
-    report = Report('Where do segments begin?' if segments else 'What does the latent know?',
+    agent = 'behavior' in run.config
+    report = Report('Where do segments begin?' if segments else 'What has the agent learned?' if agent else 'What does the latent know?',
                     f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
     _summary(report, run)
-    for section in (_segments, _making) if segments else (_pictures, _world_model, _doctor, _classifiers, _concepts, _evaluation, _making): section(report, run)
+    for section in (_segments, _making) if segments else (_agent, _making) if agent else (_pictures, _world_model, _doctor, _classifiers, _concepts, _evaluation, _making): section(report, run)
     return report
 
 # %% ../../nbs/70_evaluation.report.ipynb #97403630
