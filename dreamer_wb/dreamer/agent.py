@@ -7,11 +7,12 @@ __all__ = ['BEHAVIORS', 'AgentConfig', 'env_steps', 'Replay', 'DreamerAgent', 'c
            'collect_callback', 'write_video', 'plot_learning', 'live_callback', 'evaluate_callback', 'make_agent',
            'train_agent', 'save_agent', 'load_agent']
 
-# %% ../../nbs/29_dreamer.agent.ipynb #8391ca61
+# %% ../../nbs/29_dreamer.agent.ipynb #2062276c
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from io import BytesIO
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Optional
@@ -329,7 +330,7 @@ def _show(self: Collector):
         self.seen += length
     self.replay.limit = self.seen
 
-# %% ../../nbs/29_dreamer.agent.ipynb #42c679d9
+# %% ../../nbs/29_dreamer.agent.ipynb #9e75a223
 def collect_callback(
     collector: Collector, # with agent, environments and replay
 ):                        # fastai callback
@@ -345,7 +346,9 @@ def collect_callback(
             collector.fill(self.learn.train_iter)
         def after_batch(self):
             collector.fill(self.learn.train_iter)
-            if self.learn.train_iter % self.learn.recorder.log_every == 0: self.learn.log(env_steps=collector.replay.t*collector.stream.n)
+            if self.learn.train_iter % self.learn.recorder.log_every == 0: self.count()
+        def after_epoch(self): self.count()                                            # evaluations are drawn by environment steps
+        def count(self): self.learn.log(env_steps=collector.replay.t*collector.stream.n)
         def state_dict(self): return collector.state_dict()
         def load_state_dict(self, state): collector.load_state_dict(state)
     return Collect()
@@ -372,7 +375,7 @@ def _write_gif(path, frames, fps):
     with atomic_write(path) as f: first.save(f, 'GIF', save_all=True, append_images=others, duration=1000//fps, loop=0)
     return path
 
-# %% ../../nbs/29_dreamer.agent.ipynb #de02ec30
+# %% ../../nbs/29_dreamer.agent.ipynb #abac8375
 def plot_learning(
     source,          # anything that read_metrics reads: a Run, its metrics.csv, rows
     lines: dict = {}, # {label: return} of other players, dotted
@@ -389,11 +392,11 @@ def plot_learning(
         known = df['eval_return'].notna()
         ax.plot(steps[known], df['eval_return'][known], marker='o', ms=3, label=label or 'agent')
     for (name, value), colour in zip(lines.items(), ('.4', 'C2', 'C3', 'C4')): ax.axhline(value, ls=':', color=colour, label=name)
-    ax.set(xlabel='environment steps', ylabel='return of an episode')
+    ax.set(xlabel='environment steps' if 'env_steps' in df else 'updates', ylabel='return of an episode')
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/29_dreamer.agent.ipynb #b1cb60a3
+# %% ../../nbs/29_dreamer.agent.ipynb #7f70387c
 def live_callback(
     lines: dict = {}, # {label: return} of other players, dotted
 ):                    # fastai callback
@@ -405,11 +408,12 @@ def live_callback(
             if bar_place() == 'notebook' and any('eval_return' in row for row in self.recorder.rows): self.draw()
         def draw(self):
             import matplotlib.pyplot as plt
-            from IPython.display import display
-            fig = plot_learning(self.recorder.rows, lines)
+            from IPython.display import Image, display
+            fig, png = plot_learning(self.recorder.rows, lines), BytesIO()
+            fig.savefig(png)
             plt.close(fig)                                             # or the notebook would show it once more
-            if self.place: self.place.update(fig)
-            else: self.place = display(fig, display_id=True)
+            if self.place: self.place.update(Image(png.getvalue()))
+            else: self.place = display(Image(png.getvalue()), display_id=True)
     return Live()
 
 # %% ../../nbs/29_dreamer.agent.ipynb #ff3933c6
