@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'COMMON', 'EXTRA', 'OWN_DICE', 'CANONICAL', 'ALEXNET', 'corrupt', 'show_corruptions', 'corrupt_many',
-           'stratified', 'time_estimate', 'corruption_errors', 'mce', 'imagenet_c_mce', 'plot_corruptions']
+           'stratified', 'time_estimate', 'work_left', 'corruption_errors', 'mce', 'imagenet_c_mce', 'plot_corruptions']
 
 # %% ../../nbs/75_evaluation.corruptions.ipynb #c89930ab
 import hashlib
@@ -185,7 +185,22 @@ def _errors(hits, group): # error over all, over groups, of each group
     known = not np.isnan(acc).all()
     return dict(n=len(hits), error=float(1 - hits.mean()), worst=float(1 - np.nanmin(acc)) if known else math.nan, **{f'error_{g}': float(1 - a) for g, a in zip(GROUPS, acc)})
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #9e320560
+# %% ../../nbs/75_evaluation.corruptions.ipynb #f5b0076a
+def work_left(
+    models:dict, # {name: uint8 images of 224 pixels -> (N, 2) logits}
+    images:np.ndarray, # (N, 3, H, W) uint8
+    keys:list, # (N,) names of the pictures
+    names:tuple=COMMON, # corruptions
+    severities:tuple=(1, 2, 3, 4, 5), # of each
+    folder:str='', # where finished parts are kept
+    workers:int=1, # processes; 0: one per core
+) -> tuple: # corruptions and severities that are not finished, seconds
+    "What `corruption_errors` would still have to do, and how long it would take."
+    answers, parts = _Answers(models, images, keys, folder), [(c, s) for c in names for s in severities]
+    left = sum(bool(answers.missing(*part)) for part in parts)
+    return left, time_estimate(images, models, names, severities, workers or os.cpu_count())*left/len(parts) if left else 0.
+
+# %% ../../nbs/75_evaluation.corruptions.ipynb #e5532f7c
 def corruption_errors(
     models:dict, # {name: uint8 images of 224 pixels -> (N, 2) logits}
     images:np.ndarray, # (N, 3, H, W) uint8
@@ -198,15 +213,15 @@ def corruption_errors(
     workers:int=1, # processes for corrupting; 0: one per core
     cache:str='', # folder for the corrupted pictures, see corrupt_many
     batch_size:int=64, # pictures at a time
-    say=print, # where the time estimate goes
+    say=print, # where the time estimate goes; None: it is not made
 ): # DataFrame: model, corruption ('clean' too), severity, error, error of the worst group and of each group
     "Errors of all classifiers under all corruptions; resumable."
     import pandas as pd
     workers, store = workers or os.cpu_count(), _Answers(models, images, keys, folder)
     parts = [('clean', 0), *((c, s) for c in names for s in severities)]
-    open_ = sum(bool(store.missing(*part)) for part in parts[1:])
-    if open_: say(_announce(time_estimate(images, models, names, severities, workers)*open_/(len(parts) - 1), len(images), open_, cache))
-    pool = _pool(workers) if workers > 1 and open_ else None
+    left, seconds = work_left(models, images, keys, names, severities, folder, workers) if say else (0, 0)
+    if left: say(_announce(seconds, len(images), left, cache))
+    pool = _pool(workers) if workers > 1 else None
     try:
         for c, s in progress(parts, 'corruptions'):
             if not (missing := store.missing(c, s)): continue

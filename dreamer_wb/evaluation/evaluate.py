@@ -4,37 +4,43 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SUMMARY', 'EvaluateConfig', 'check_evaluate', 'load_classifier', 'torchvision_classifier',
-           'open_classifiers', 'tcav_layers', 'concept_sets', 'open_data', 'Evaluation', 'summary_rows', 'evaluate']
+           'open_classifiers', 'tcav_layers', 'concept_sets', 'open_data', 'Evaluation', 'time_table', 'summary_rows',
+           'evaluate']
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #634c1bb8
+# %% ../../nbs/76_evaluation.evaluate.ipynb #df2949ee
+import hashlib
 import math
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import List
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..classifier.compare import few_threads, to_markdown
-from ..classifier.latents import Features
+from ..classifier.latents import Features, weights_hash
 from ..classifier.methods import predict
 from ..classifier.metrics import group_counts, group_metrics
 from ..classifier.models import IMAGENET, ImageInput, Standardize, linear_head, mlp_head, resnet50, small_cnn
-from ..concepts.directions import CONCEPTS, EncoderHead, concept_labels, layer_shapes, read_concept
+from ..concepts.directions import CONCEPTS, EncoderHead, concept_labels, find_layer, layer_shapes, read_concept
 from ..core.config import at_least, check_values, choice, items, to_dict
 from ..core.runs import Run, UserError, atomic_write, load_checkpoint, plain, write_json
 from ..data.episodes import EpisodeStore
-from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions, stratified
+from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions, stratified, work_left
 from .gradcam import CAMS, cam_maps, iou_curve, localisation_table, plot_cams, plot_localisation
 from .tcav import is_constant, layer_gradients, plot_tcav, tcav
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #929e92af
+# %% ../../nbs/76_evaluation.evaluate.ipynb #72e07a0b
 @dataclass
 class EvaluateConfig:
     "Everything that `dreamer-wb evaluate` reads."
     run: str = '' # run folder in which `dreamer-wb classify` has kept classifiers
-    model: str = '' # instead of a run: a network of torchvision, e.g. resnet50, with two outputs
+    model: str = '' # a network of torchvision with two outputs, e.g. resnet50: alone, or beside the classifiers of the run
     weights: str = '' # file with the weights of `model`
+    size: int = at_least(224, 8) # side of the pictures that `model` sees, pixels
     data_dir: str = '' # folder of episodes with val/ and test/; default: the data of the run
     out: str = '' # folder of the results; default: evaluate/ in the run, or runs/evaluate/<model>
     models: List[str] = items() # only these classifiers of the run, e.g. [dreamer_mlp, small_cnn]; empty: all that were kept
@@ -44,10 +50,10 @@ class EvaluateConfig:
     layers: List[str] = items() # layers for TCAV, by name; empty: the latent, and the last layer with a map that is not followed by a linear one alone
     runs: int = at_least(20, 2) # draws of TCAV
     images: int = at_least(200, 16) # test pictures for TCAV and Grad-CAM, as many of each group
-    cam: str = choice(*CAMS) # kind of class activation map
+    cams: List[str] = items('gradcam') # kinds of class activation maps, e.g. [gradcam, layercam]; the summary shows the first
     target: str = choice('predicted', 'label') # class whose evidence is mapped
     per_group: int = at_least(125, 0) # test pictures of each group for the corruptions; 0: all of the test set
-    corruptions: List[str] = items() # only these; empty: the 15 of ImageNet-C
+    corruptions: List[str] = items() # only these; empty: the 15 of ImageNet-C; [all]: the 4 others of it, too
     severities: List[int] = items(1, 2, 3, 4, 5) # of each corruption
     reference: str = '' # classifier whose corruption error is 100; default: resnet50, else small_cnn, else the first
     cache: str = '' # folder for corrupted pictures, to share between runs; default: they are not kept, only the answers
@@ -55,7 +61,7 @@ class EvaluateConfig:
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #bef2382f
+# %% ../../nbs/76_evaluation.evaluate.ipynb #dd40639e
 PARTS = 'tcav', 'gradcam', 'corruptions'
 
 def check_evaluate(
@@ -63,13 +69,14 @@ def check_evaluate(
 ) -> EvaluateConfig: # the same
     "Raise `UserError` for unknown names and for a run and a network at once, or neither."
     import difflib
-    for key, known in dict(parts=PARTS, corruptions=(*COMMON, *EXTRA)).items():
+    for key, known in dict(parts=PARTS, cams=CAMS, corruptions=(*COMMON, *EXTRA, 'all')).items():
         for name in getattr(cfg, key):
             near = difflib.get_close_matches(name, known, 1)
             if name not in known: raise UserError(f'{key}: no `{name}`' + (f', did you mean `{near[0]}`?' if near else '') + f' There are {", ".join(known)}')
     if bad := [s for s in cfg.severities if s not in range(1, 6)]: raise UserError(f'severities={bad}: they go from 1 to 5')
-    if bool(cfg.run) == bool(cfg.model): raise UserError('give either run=… (a run folder with classifiers) or model=… weights=… (a network of torchvision)')
-    if cfg.model and not (cfg.weights and cfg.data_dir): raise UserError(f'model={cfg.model}: weights=FILE and data_dir=FOLDER are needed, too')
+    if not (cfg.run or cfg.model): raise UserError('give run=… (a run folder with classifiers), model=… weights=… (a network of torchvision), or both')
+    if cfg.model and not (cfg.weights and (cfg.run or cfg.data_dir)): raise UserError(f'model={cfg.model}: weights=FILE and data_dir=FOLDER are needed, too')
+    if 'gradcam' in cfg.parts and not cfg.cams: raise UserError('cams: name at least one, or leave gradcam out of parts')
     for c in cfg.concepts:
         if c not in CONCEPTS and not Path(c).is_dir(): raise UserError(f'concepts: `{c}` is neither {" nor ".join(CONCEPTS)} nor a folder of images')
     return check_values(cfg)
@@ -105,7 +112,7 @@ def _with_encoder(head, run, cfg):
     world = DreamerWorldModel.load_from_checkpoint(run.checkpoints/'world_model.ckpt')
     return EncoderHead(world, head, cfg['part'], run.config.get('repeat', 1))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #c69ab056
+# %% ../../nbs/76_evaluation.evaluate.ipynb #796bdca8
 def torchvision_classifier(
     model:str, # name in torchvision.models, e.g. 'resnet50'
     weights:str, # file with a state dict of it with two outputs, also of ours (from classify/cells)
@@ -118,24 +125,26 @@ def torchvision_classifier(
     except FileNotFoundError: raise UserError(f'{weights}: no such weights file') from None
     except Exception: raise UserError(f'{weights}: not a file of tensors that torch can read; give a state dict') from None
     for key in ('state_dict', 'state', 'model'): state = state[key] if isinstance(state.get(key), dict) else state
-    body = get_model(model, weights=None, num_classes=2)
+    if '0.shift' in state: state = {('fc.' if k[0] == '2' else '') + k[2:]: v for k, v in state.items() if k[0] != '0'}   # ours: input, body, last layer
+    body = get_model(model, weights=None, num_classes=2).to(memory_format=torch.channels_last)
     try: body.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()})
     except (RuntimeError, AttributeError) as e: raise UserError(f'{weights}: not the weights of a torchvision {model} with two outputs: {" ".join(str(e).split())[:160]} …') from None
     net = nn.Sequential(ImageInput(size, **IMAGENET), body).eval()
     net.title = f'{model} ({Path(weights).name})'
     return net
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #b4748203
+# %% ../../nbs/76_evaluation.evaluate.ipynb #33a2b5cc
 def open_classifiers(
     cfg:EvaluateConfig, # what was asked for
     run:Run=None, # the run, or None
 ) -> dict: # {key: classifier}
     "The classifiers to evaluate; raises `UserError` if there are none."
-    if run is None: return {cfg.model: torchvision_classifier(cfg.model, cfg.weights)}
+    other = {cfg.model: torchvision_classifier(cfg.model, cfg.weights, cfg.size)} if cfg.model else {}
+    if run is None: return other
     files = {f.stem.removesuffix(f'-erm-{cfg.seed}'): f for f in sorted((run.path/'classify/cells').glob(f'*-erm-{cfg.seed}.ckpt')) if not f.name.startswith('pca')}
     if not files: raise UserError(f'{run.path}: no classifiers of seed {cfg.seed} kept there; first `dreamer-wb classify run={run.path} methods=[erm] seeds=[{cfg.seed}]`')
     if unknown := [m for m in cfg.models if m not in files]: raise UserError(f'models: no {", ".join(unknown)} in {run.path}; kept are {", ".join(files)}')
-    return {k: load_classifier(files[k], run) for k in cfg.models or files}
+    return {k: load_classifier(files[k], run) for k in cfg.models or files} | {k if k not in files else f'torchvision_{k}': m for k, m in other.items()}
 
 # %% ../../nbs/76_evaluation.evaluate.ipynb #f146dfd5
 _ACTIVATIONS = nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU
@@ -155,9 +164,12 @@ def tcav_layers(
     if not out and last is None: raise UserError('no layer of this network is followed by anything but linear layers; TCAV cannot be asked')
     return ([last] if last else []) + out
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #1a129d60
+# %% ../../nbs/76_evaluation.evaluate.ipynb #9cb3c579
 def _features(store, index): # Features of some episodes' first pictures
     return Features(store.images(index).transpose(0, 3, 1, 2), store.label[index], store.place[index], str(store.folder))
+
+def _short(name, names): # of a folder: its last part, if no other concept is called so
+    return name if sum(Path(n).name == Path(name).name for n in names) > 1 else Path(name).name
 
 def concept_sets(
     names:list, # keys of `CONCEPTS`, or folders of images
@@ -167,7 +179,7 @@ def concept_sets(
     "Pictures with and without each concept, the control balanced."
     out = {}
     for name in names:
-        if name not in CONCEPTS: out[Path(name).name] = read_concept(name, data.x.shape[-1], most); continue
+        if name not in CONCEPTS: out[_short(name, names)] = read_concept(name, data.x.shape[-1], most); continue
         y, control = concept_labels(data, name)
         cells = {(a, b): np.flatnonzero((y == a) & (control == b)) for a in (0, 1) for b in (0, 1)}
         n = min(most//2, *(len(i) for i in cells.values()))
@@ -187,7 +199,7 @@ def open_data(
         if split != 'train' or Path(folder).is_dir(): out[split] = EpisodeStore(folder)
     return out
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #0beb2ac6
+# %% ../../nbs/76_evaluation.evaluate.ipynb #103084c0
 @dataclass
 class Evaluation:
     "What all parts share, and what they have found."
@@ -195,35 +207,70 @@ class Evaluation:
     folder: Path # where results go
     models: dict # {key: classifier}
     stores: dict # {split: EpisodeStore}
-    tables: dict # {name: DataFrame}
-    notes: list # what was left out and why
+    tables: dict = field(default_factory=dict) # {name: DataFrame}
+    notes: list = field(default_factory=list) # what was left out and why
 
     def figure(self, name, fig):
         with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, dpi=120, format='png')
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #f5ae70a5
+# %% ../../nbs/76_evaluation.evaluate.ipynb #1840169e
+_USES = dict(accuracy=(), tcav=('concepts', 'layers', 'runs', 'images', 'seed'), gradcam=('target', 'images'))
+
+@patch
+def file(self:Evaluation,
+    part:str, # accuracy, tcav, or gradcam- and the kind of map
+    model:str, # key of a classifier
+) -> Path: # where that is kept
+    "One file for everything that can change the result."
+    net, kind = self.models[model], part.partition('-')[0]
+    folders = [Path(c) for c in self.cfg.concepts if kind == 'tcav' and c not in CONCEPTS]
+    seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for folder in folders for f in sorted(folder.rglob('*'))]
+    given = [weights_hash(net.state_dict()), str(net), [s.cache.name for s in self.stores.values()], [getattr(self.cfg, k) for k in _USES[kind]], seen]
+    return self.folder/'kept'/f'{part}_{model}_{hashlib.sha256(repr(given).encode()).hexdigest()[:12]}.pt'
+
+@patch
+def kept(self:Evaluation,
+    part:str, # see file
+    model:str, # key of a classifier
+    make, # finds it: returns tensors or plain values
+): # what was found, now or before
+    "Found before, or found now and kept."
+    try: return torch.load(self.file(part, model), weights_only=True)
+    except Exception: found = make()                                           # not there, or damaged
+    with atomic_write(self.file(part, model)) as f: torch.save(found, f)
+    return found
+
+# %% ../../nbs/76_evaluation.evaluate.ipynb #3bb45ede
 def _accuracy(ev):
     import pandas as pd
     test = ev.stores['test']
     counts = group_counts(ev.stores['train'].group) if 'train' in ev.stores else np.zeros(4)
-    rows = [dict(model=k, name=getattr(m, 'title', k), **group_metrics(test.label, predict(m, test), test.group, counts, k)) for k, m in ev.models.items()]
+    prob = {k: ev.kept('accuracy', k, lambda: torch.from_numpy(predict(m, test, 64))).numpy() for k, m in ev.models.items()}
+    rows = [dict(model=k, name=getattr(m, 'title', k), **group_metrics(test.label, prob[k], test.group, counts, k)) for k, m in ev.models.items()]
     ev.tables['accuracy'] = pd.DataFrame(rows).drop(columns='confusion')
 
-def _tcav(ev):
-    import pandas as pd
+# %% ../../nbs/76_evaluation.evaluate.ipynb #ac7e5f16
+def _concept_pictures(ev): # water birds of the test set, concept sets, random pictures
     cfg, stores, rng = ev.cfg, ev.stores, np.random.default_rng(ev.cfg.seed)
-    val = _features(stores['val'], np.arange(len(stores['val'])))
     pool = stores.get('train', stores['val'])
     random = _features(pool, np.sort(rng.permutation(len(pool))[:300])).x
     test = _features(stores['test'], stratified(stores['test'].group, cfg.images//4))
-    birds, rows = test.x[test.label == 1], []
+    return test.x[test.label == 1], concept_sets(cfg.concepts, _features(stores['val'], np.arange(len(stores['val'])))), random
+
+def _tcav(ev):
+    import pandas as pd
+    cfg, rows, pictures = ev.cfg, [], cache(lambda: _concept_pictures(ev))
+    def ask(m):
+        birds, sets, random = pictures()
+        layers = [k for k in cfg.layers if k in dict(m.named_modules())] or tcav_layers(m, birds[:8])
+        return plain(tcav(m, layers, birds, sets, random, 1, runs=cfg.runs, seed=cfg.seed).to_dict('records'))
     for k, m in ev.models.items():
-        table = tcav(m, cfg.layers or tcav_layers(m, birds[:8]), birds, concept_sets(cfg.concepts, val), random, 1, runs=cfg.runs, seed=cfg.seed)
+        table = pd.DataFrame(ev.kept('tcav', k, lambda: ask(m)))
         ev.figure(f'tcav_{k}', plot_tcav(table, f'{k}: what speaks for a water bird'))
         rows.append(table.assign(model=k))
     ev.tables['tcav'] = pd.concat(rows)[['model', *rows[0].columns[:-1]]]
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #5a66c85f
+# %% ../../nbs/76_evaluation.evaluate.ipynb #fec664a5
 def _gradcam(ev):
     import pandas as pd
     cfg, store = ev.cfg, ev.stores['test']
@@ -232,33 +279,61 @@ def _gradcam(ev):
     index = index[store.data['mask'][store.offsets[index]].any((1, 2))]
     test, masks = _features(store, index), store.data['mask'][store.offsets[index]]
     maps, curves, columns = {}, {}, [int(np.flatnonzero(test.group == g)[i]) for g in range(4) for i in (0, 1)] if group_counts(test.group).min() > 1 else range(min(8, len(test)))
-    for k, m in ev.models.items():
-        maps[k] = cam_maps(m, test.x, method=cfg.cam, target=cfg.target, label=test.label)
-        curves[k] = iou_curve(maps[k], masks)
+    for k, cam in ((k, cam) for k in ev.models for cam in cfg.cams):
+        name = k if cam == cfg.cams[0] else f'{k}, {cam}'
+        found = ev.kept(f'gradcam-{cam}', k, lambda: torch.from_numpy(cam_maps(ev.models[k], test.x, method=cam, target=cfg.target, label=test.label)).half())
+        maps[name] = found.float().numpy()
+        curves[name] = iou_curve(maps[name], masks)
     ev.tables['gradcam'] = localisation_table(maps, masks, test.group)
     ev.figure('localisation', plot_localisation(ev.tables['gradcam'], curves))
     ev.figure('cams', plot_cams(test.x[columns], {k: v[columns] for k, v in maps.items()}, masks[columns]))
     ev.tables['iou_curve'] = pd.DataFrame(dict(threshold=np.linspace(.05, .95, 19), **curves)).round(6)
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #f9404a0d
+# %% ../../nbs/76_evaluation.evaluate.ipynb #edd2fd1c
+def _corrupted(ev): # what corruption_errors and work_left both want to know
+    cfg, store = ev.cfg, ev.stores['test']
+    index, names = stratified(store.group, cfg.per_group), (*COMMON, *EXTRA) if 'all' in cfg.corruptions else tuple(cfg.corruptions) or COMMON
+    return dict(models=ev.models, images=_features(store, index).x, keys=[store.ids[i] for i in index], names=names, severities=tuple(cfg.severities), folder=str(ev.folder/'corruptions'), workers=cfg.workers)
+
 def _corruptions(ev):
     import pandas as pd
     cfg, store = ev.cfg, ev.stores['test']
     index = stratified(store.group, cfg.per_group)
-    test = _features(store, index)
-    try: errors = corruption_errors(ev.models, test.x, test.label, test.group, [store.ids[i] for i in index], tuple(cfg.corruptions) or COMMON, tuple(cfg.severities),
-                                    str(ev.folder/'corruptions'), cfg.workers, cfg.cache)
+    try: errors = corruption_errors(label=store.label[index], group=store.group[index], cache=cfg.cache, say=None, **_corrupted(ev))
     except UserError as e:
         if 'not installed' not in str(e): raise
         return ev.notes.append(f'corruptions: left out. {e}')
     reference = cfg.reference or next((k for k in ('resnet50', 'small_cnn') if k in ev.models), next(iter(ev.models)))
+    if len(ev.models) == 1: ev.notes.append(f'mCE: {reference} is its own reference, so its mCE is 100; run=… and model=… together compare a network with the classifiers of a run.')
     ev.tables['corruptions'] = errors
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #08950ef3
-SUMMARY = '''*worst group*, *adjusted*: accuracy on the test set in per cent. *background*: how much water speaks for a water bird, as the directional derivative in standard deviations of random concepts (TCAV's
-magnitude; its sign count in brackets), at the last layer that was asked. *energy*, *pointing*, *area IoU*: share of the activation map on the bird, whether its peak is, and the overlap of equal areas; a map that knows nothing gets
+# %% ../../nbs/76_evaluation.evaluate.ipynb #2e01481e
+def time_table(
+    ev:Evaluation, # with what was asked for
+) -> dict: # {part: seconds}
+    "How long the parts will take that are not kept yet, from a few pictures."
+    cfg, test, out = ev.cfg, ev.stores['test'], dict(accuracy=0., **{p: 0. for p in PARTS if p in ev.cfg.parts})
+    x = _features(test, np.arange(min(8, len(test))))
+    def each(f, n): start = time.perf_counter(); f(); return (time.perf_counter() - start)/n
+    def todo(part, k): return part.partition('-')[0] in out and not ev.file(part, k).exists()
+    for k, m in ev.models.items():
+        predict(m, x)                                                          # the first time is slower
+        one = each(lambda: predict(m, x), len(x))
+        out['accuracy'] += todo('accuracy', k)*len(test)*one
+        if todo('tcav', k): out['tcav'] += (300 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
+        for cam in cfg.cams:
+            if todo(f'gradcam-{cam}', k): out['gradcam'] += cfg.images*each(lambda: cam_maps(m, x.x[:2], method=cam), 2)
+    try: out |= {k: work_left(**_corrupted(ev))[1] for k in out if k == 'corruptions'}
+    except UserError: pass                                                     # not installed: said when it is their turn
+    return out
+
+def _minutes(t): return f'{t/60:.0f} minutes' if t > 90 else f'{t:.0f} seconds'
+
+# %% ../../nbs/76_evaluation.evaluate.ipynb #d888bd65
+SUMMARY = '''*worst group*, *adjusted*: accuracy on the test set in per cent. *TCAV*: how much a concept speaks for a water bird, as the directional derivative in standard deviations of random
+concepts (its sign count in brackets), at the last layer that was asked; *background* is water. *energy*, *pointing*, *area IoU*: share of the activation map on the bird, whether its peak is, and the overlap of equal areas; a map that knows nothing gets
 the value in the last row. *mCE*: corruption error in per cent of the reference's; *corrupted*, *corrupted worst*: mean error under corruptions and that of the worst group, in per cent.'''
 
 def summary_rows(
@@ -269,9 +344,7 @@ def summary_rows(
     share, out = lambda x: '' if x is None or x != x else f'{100*x:.1f}', []
     for r in tables['accuracy'].to_dict('records'):
         row = {'classifier': r['name'], 'worst group': share(r['acc_worst']), 'adjusted': share(r['acc_adj'])}
-        if 'tcav' in tables:
-            t = tables['tcav'][(tables['tcav']['model'] == r['model']) & (tables['tcav']['concept'] == 'background')]
-            row['background'] = '' if not len(t) else f'{t.iloc[-1].relative:.1f} ({t.iloc[-1].sign:.2f}){"" if t.iloc[-1].verdict.endswith("class") else ", " + t.iloc[-1].verdict}'
+        if 'tcav' in tables: row |= _speaks(tables['tcav'], r['model'])
         if 'gradcam' in tables: row |= _looks(tables['gradcam'], r['model'])
         if 'mce' in tables:
             c = tables['mce'].set_index('model').loc[r['model']]
@@ -279,6 +352,10 @@ def summary_rows(
         out.append(row)
     if 'gradcam' in tables: out.append({'classifier': 'a map that knows nothing'} | _looks(tables['gradcam'], 'baseline: area'))
     return pd.DataFrame(out).fillna('')
+
+def _speaks(table, model): # for each concept, at the last layer
+    last = {t.concept: t for t in table[table['model'] == model].itertuples()}
+    return {f'TCAV {c}': f'{t.relative:.1f} ({t.sign:.2f})' + ('' if t.verdict.endswith('class') else f', {t.verdict}') for c, t in last.items()}
 
 def _looks(table, name):
     row = table[(table['map'] == name) & (table['group'] == 'all')].iloc[0]
@@ -293,23 +370,39 @@ def _save(ev, facts): # all tables as CSV, the summary as Markdown, everything a
     write_json(ev.folder/'results.json', plain(dict(config=to_dict(ev.cfg), notes=ev.notes, explained=' '.join(SUMMARY.split()), **facts,
                                                     **{k: t.to_dict('records') for k, t in ev.tables.items()})))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #faf7f377
+# %% ../../nbs/76_evaluation.evaluate.ipynb #700fb6b6
+def _places(cfg): # the run, or what takes its place; the folder of the results
+    if cfg.run: return (run := Run.open(cfg.run)), Path(cfg.out or run.path/'evaluate')
+    folder = Path(cfg.out or Path('runs/evaluate')/cfg.model)
+    if (folder/'config.yaml').exists() and 'cams' not in Run.open(folder).config: raise UserError(f'{folder}: holds a run of another kind; give another out')
+    return Run(folder, plain(to_dict(cfg))), folder
+
+def _check_names(cfg, models): # before hours are spent
+    if cfg.reference and cfg.reference not in models: raise UserError(f'reference={cfg.reference}: no such classifier, there are {", ".join(models)}')
+    for name in cfg.layers:
+        if not any(name in dict(m.named_modules()) for m in models.values()): find_layer(next(iter(models.values())), name)
+
+# %% ../../nbs/76_evaluation.evaluate.ipynb #7c11fc8c
 def evaluate(
     cfg:EvaluateConfig, # everything that `dreamer-wb evaluate` reads
 ) -> Path: # folder of the results
     "Measure all classifiers on the same pictures; writes tables, JSON and figures."
-    from contextlib import nullcontext
     from dreamer_wb.dreamer.world_model import pick_device
-    check_evaluate(cfg)
-    run = Run.open(cfg.run) if cfg.run else None
-    folder = Path(cfg.out or (run.path/'evaluate' if run else Path('runs/evaluate')/cfg.model))
-    if run: run.lock()
-    with (run.stage('evaluate') if run else nullcontext({})) as facts, few_threads(cfg.threads):
-        models = {k: m.to(pick_device(cfg.device)) for k, m in open_classifiers(cfg, run).items()}
-        ev = Evaluation(cfg, folder, models, open_data(cfg, run), {}, [])
-        for part in (_accuracy, *(dict(tcav=_tcav, gradcam=_gradcam, corruptions=_corruptions)[p] for p in PARTS if p in cfg.parts)): part(ev)
+    run, folder = _places(check_evaluate(cfg))
+    models, stores, times = open_classifiers(cfg, run if cfg.run else None), open_data(cfg, run), []
+    _check_names(cfg, models)
+    run.lock()
+    if not cfg.run: run._begin()
+    with run.stage('evaluate') as facts, few_threads(cfg.threads):
+        ev = Evaluation(cfg, folder, {k: m.to(pick_device(cfg.device)) for k, m in models.items()}, stores)
+        plan = time_table(ev)
+        print(f'evaluate: about {_minutes(sum(plan.values()))} (' + ', '.join(f'{k} {_minutes(v)}' for k, v in plan.items()) + ')', flush=True)
+        for name, part in dict(accuracy=_accuracy, tcav=_tcav, gradcam=_gradcam, corruptions=_corruptions).items():
+            if name not in plan: continue
+            start = time.perf_counter(); part(ev)
+            times.append(dict(part=name, estimated=plan[name], seconds=time.perf_counter() - start))
         ev.tables['summary'] = summary_rows(ev.tables)
-        _save(ev, dict(test=str(ev.stores['test'].folder)))
+        _save(ev, dict(test=str(ev.stores['test'].folder), times=times))
         facts.update(classifiers=list(models))
     for note in ev.notes: warnings.warn(note, stacklevel=2)
     return folder
