@@ -334,7 +334,7 @@ def _environment(
     env = read_json(file)
     return env[-1] if isinstance(env, list) else env
 
-# %% ../../nbs/70_evaluation.report.ipynb #0996fe74
+# %% ../../nbs/70_evaluation.report.ipynb #07fb52f0
 def _making(
     report:Report, # the page
     run:Run, # the run
@@ -349,7 +349,8 @@ def _making(
     report.code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), 'Exact configuration')
     if env := _environment(run):
         report.code(yaml.safe_dump(env, sort_keys=False, allow_unicode=True), f'Versions: Python {env["python"]}, torch {env["packages"]["torch"]}, {env["platform"]}')
-    report.text(f'To repeat it: `dreamer-wb train experiment={run.path}/config.yaml name=again`.')
+    if 'cams' in run.config: report.text(f'To repeat it: `dreamer-wb evaluate {" ".join(f"{k}={run.config[k]}" for k in ("model", "weights", "data_dir"))} out=again`, with the settings above.')
+    else: report.text(f'To repeat it: `dreamer-wb train experiment={run.path}/config.yaml name=again`.')
 
 # %% ../../nbs/70_evaluation.report.ipynb #ee54b1f5
 def _classifiers(
@@ -406,15 +407,17 @@ def _summary(
             if row: facts[f'worst group: {row["name"]}, {row["method"]}'] = f'{100*row["acc_worst"]:.0f} %'
     if facts: report.facts(facts)
 
-# %% ../../nbs/70_evaluation.report.ipynb #e5ccbf31
+# %% ../../nbs/70_evaluation.report.ipynb #2168dfd7
+def _evaluated(run): # folder of what `evaluate` found: in a run, or by itself for a network that has none
+    return run.path if 'cams' in run.config else run.path/'evaluate'
+
 def _evaluation(
     report:Report, # the page
     run:Run, # the run
 ):
     "Sections: concepts, activation maps and corruptions."
     import pandas as pd
-    folder = run.path/'evaluate'
-    if not (folder/'results.json').exists(): return
+    if not ((folder := _evaluated(run))/'results.json').exists(): return
     found = read_json(folder/'results.json')
     report.heading('What the classifiers look at')
     report.table(pd.DataFrame(found['summary']), found['explained'].replace('*', ''))
@@ -429,6 +432,7 @@ def _evaluation(
     for key, caption in captions.items():
         for file in sorted((folder/'figures').glob(f'{key}*.png')): report.figure(file, caption, f'evaluate_{file.stem}')
     if 'mce' in found: report.table(pd.DataFrame(found['mce']).drop(columns='missing'), 'Corruption errors; mce in per cent of the reference on the same pictures.')
+    if times := found.get('times'): report.text('Seconds, and what was expected of them: ' + ', '.join(f'{t["part"]} {t["seconds"]:.0f} ({t["estimated"]:.0f})' for t in times) + '. What an earlier call had found is not counted.')
 
 # %% ../../nbs/70_evaluation.report.ipynb #ac9cee4c
 def _segments(
@@ -491,7 +495,14 @@ def _agent(
     if len(earned): report.facts({'mean return of the last evaluation': f'{earned.iloc[-1]:.4g}', 'environment steps': f'{int(table["env_steps"].max()):,}'})
     report.figure(plot_losses(run.metrics), 'Losses and returns during training. The films of its episodes are in the folder videos.', 'losses')
 
-# %% ../../nbs/70_evaluation.report.ipynb #55508369
+# %% ../../nbs/70_evaluation.report.ipynb #7f35902d
+_PAGES = { # a key that only the config of this kind of run has: title and sections of its page
+    'seg_num': ('Where do segments begin?', (_segments,)),
+    'behavior': ('What has the agent learned?', (_agent,)),
+    'cams': ('What does the network look at?', (_pictures, _evaluation)),
+    '': ('What does the latent know?', (_pictures, _world_model, _doctor, _classifiers, _concepts, _evaluation)),
+}
+
 def run_report(
     run:Run, # a run folder
 ) -> Report: # the page, not yet written
@@ -499,12 +510,10 @@ def run_report(
     import datetime
     env = _environment(run)
     made = env.get('time', datetime.datetime.now().isoformat())[:16].replace('T', ' ')
-    segments = 'seg_num' in run.config                                                             # a VTA
-    agent = 'behavior' in run.config
-    report = Report('Where do segments begin?' if segments else 'What has the agent learned?' if agent else 'What does the latent know?',
-                    f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
+    title, sections = next(v for k, v in _PAGES.items() if not k or k in run.config)
+    report = Report(title, f'Run {run.path}, seed {run.config.get("seed")}, begun {made} on {env.get("cores", "?")} CPU cores')
     _summary(report, run)
-    for section in (_segments, _making) if segments else (_agent, _making) if agent else (_pictures, _world_model, _doctor, _classifiers, _concepts, _evaluation, _making): section(report, run)
+    for section in (*sections, _making): section(report, run)
     return report
 
 # %% ../../nbs/70_evaluation.report.ipynb #97403630
@@ -520,7 +529,7 @@ def to_latex(
     head = [r'\begin{table}', r'\centering', rf'\begin{{tabular}}{{{"".join(numeric)}}}', r'\toprule', line(map(str, df.columns)), r'\midrule']
     return '\n'.join([*head, *body, r'\bottomrule', r'\end{tabular}', *([rf'\caption{{{line([caption])[:-3]}}}'] if caption else []), r'\end{table}', ''])
 
-# %% ../../nbs/70_evaluation.report.ipynb #82a4130a
+# %% ../../nbs/70_evaluation.report.ipynb #c1c5b910
 def _rows_of(run): # {name of a table: its rows in this run}
     import pandas as pd
     out = {}
@@ -528,8 +537,10 @@ def _rows_of(run): # {name of a table: its rows in this run}
     if (run.path/'classify/results.csv').exists():
         from dreamer_wb.classifier.compare import table_for_people
         out['classifiers'] = table_for_people(pd.read_csv(run.path/'classify/results.csv'))
-    if (run.path/'evaluate/results.json').exists():
-        found = read_json(run.path/'evaluate/results.json')
+    if (run.path/'concepts/results.json').exists():
+        for k, rows in read_json(run.path/'concepts/results.json').get('tables', {}).items(): out[dict(edits='counterfactuals').get(k, f'retrained {k}')] = pd.DataFrame(rows)
+    if (_evaluated(run)/'results.json').exists():
+        found = read_json(_evaluated(run)/'results.json')
         out['evaluation'] = pd.DataFrame(found['summary'])
         for k in ('tcav', 'gradcam', 'mce'):
             if k in found: out[k] = pd.DataFrame(found[k]).drop(columns=['missing'], errors='ignore')
@@ -549,7 +560,7 @@ def joint_tables(
     known = list(dict.fromkeys(k for p in parts for k in p))
     return {k: pd.concat([p[k].assign(run=n)[['run', *p[k].columns]] for n, p in zip(names, parts) if k in p], ignore_index=True) for k in known}
 
-# %% ../../nbs/70_evaluation.report.ipynb #dc0a38da
+# %% ../../nbs/70_evaluation.report.ipynb #3e041cbb
 def joint_report(
     runs:list, # of Run
 ) -> Report: # the page, not yet written
@@ -563,8 +574,9 @@ def joint_report(
         page.table(table.astype(object).where(table.notna(), ''), f'From {table["run"].nunique()} runs; every column and row is in `tables/{name.replace(" ", "_")}.csv` and `.tex`.')
     page.heading('Pictures')
     for run in runs:
-        for file in ('figures/reconstructions.png', 'figures/groups.png', 'evaluate/figures/localisation.png', 'evaluate/figures/corruptions_error.png'):
-            if (run.path/file).is_file(): page.figure(run.path/file, f'{run.path}: {Path(file).stem}', f'{run.path.parent.name}_{run.path.name}_{Path(file).stem}')
+        looked = _evaluated(run)/'figures'
+        for file in (run.figures/'reconstructions.png', run.figures/'groups.png', looked/'localisation.png', looked/'cams.png', looked/'corruptions_error.png', looked/'corruptions_worst.png'):
+            if file.is_file(): page.figure(file, f'{run.path}: {file.stem.replace("_", " ")}', f'{run.path.parent.name}_{run.path.name}_{file.stem}')
     return page
 
 # %% ../../nbs/70_evaluation.report.ipynb #10c57e06
