@@ -115,16 +115,16 @@ def _triggers(env, trigger, threshold, noop):
         return Box(low, high, dtype=space.dtype), lambda a: (True, rest) if a[-1] > threshold else (False, a[:-1])
     raise UserError(f'trigger=remote: cannot add a button to {space}; it works with Discrete and flat Box actions')
 
-# %% ../../nbs/51_lpm.noisy_tv.ipynb #8462abcd
+# %% ../../nbs/51_lpm.noisy_tv.ipynb #5be07b61
 @cache
 def _wrapper_class():
     "The class, made when it is asked for, because gymnasium is imported only then."
     import gymnasium
     class NoisyTV(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
-        def __init__(self, env, pictures, trigger, threshold, noop, sticky):
-            gymnasium.utils.RecordConstructorArgs.__init__(self, pictures=pictures, trigger=trigger, threshold=threshold, noop=noop, sticky=sticky)
+        def __init__(self, env, pictures, trigger, threshold, noop, sticky, area):
+            gymnasium.utils.RecordConstructorArgs.__init__(self, pictures=pictures, trigger=trigger, threshold=threshold, noop=noop, sticky=sticky, area=area)
             super().__init__(env)
-            self.pictures, self.sticky, self.last, self.rng = pictures, sticky, None, np.random.default_rng()
+            self.pictures, self.sticky, self.area, self.last, self.rng = pictures, sticky, area, None, np.random.default_rng()
             self.action_space, self.press = _triggers(env, trigger, threshold, noop)
         def reset(self, *, seed=None, options=None):
             if seed is not None: self.rng = np.random.default_rng([seed, 10])
@@ -134,11 +134,12 @@ def _wrapper_class():
         def step(self, action):
             on, action = self.press(action)
             obs, reward, terminated, truncated, info = self.env.step(action)
-            return self.screen(obs.shape) if on else obs, reward, terminated, truncated, {**info, 'tv': on}
-        def screen(self, shape):
+            return self.screen(obs) if on else obs, reward, terminated, truncated, {**info, 'tv': on}
+        def screen(self, obs):
             if self.last is None or self.rng.random() >= self.sticky: self.last = self.pictures(self.rng)
+            shape = len(obs), max(1, round(self.area * obs.shape[1]))
             rows, columns = (np.arange(n) * m // n for n, m in zip(shape, self.last.shape[:2]))      # nearest neighbour
-            return self.last[rows][:, columns]
+            return np.concatenate([obs[:, :-shape[1]], self.last[rows][:, columns]], 1)
     NoisyTV.__module__, NoisyTV.__qualname__ = 'dreamer_wb.lpm.noisy_tv', 'NoisyTV'
     return NoisyTV
 
@@ -147,7 +148,7 @@ def __getattr__(name):
     if name == 'NoisyTV': return _wrapper_class()
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
-# %% ../../nbs/51_lpm.noisy_tv.ipynb #c7ed6874
+# %% ../../nbs/51_lpm.noisy_tv.ipynb #ed52a2f0
 def noisy_tv(
     env,                       # gymnasium.Env whose observations are images (H,W,3) uint8
     pictures = 'photos',       # Pictures, a name for load_pictures, or a function from a numpy Generator to an image (h,w,3) uint8
@@ -155,15 +156,17 @@ def noisy_tv(
     threshold: float = .5,     # of the button (-1 to 1), or of the largest component of a strong action
     noop = None,               # action that does nothing; None: 0
     sticky: float = 0.,        # probability that the picture stays
+    area: float = 1.,          # share of the width, from the right, that the set takes; 1 hides the environment
 ): # gymnasium.Env
-    "Put a television into an environment; the picture is enlarged to the size of the image."
+    "Put a television into an environment; the picture is enlarged to the size of the set."
     from gymnasium.spaces import Box
     space = env.observation_space
     if not (isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] == 3):
         raise UserError(f'observations {space}: a television needs images (H,W,3) uint8; render the environment first')
     if not 0 <= sticky <= 1: raise UserError(f'sticky={sticky}: a probability from 0 to 1 is needed')
+    if not 0 < area <= 1: raise UserError(f'area={area}: a share of the width is needed, above 0 and at most 1')
     bank = load_pictures(pictures) if isinstance(pictures, str) else pictures
-    return _wrapper_class()(env, bank.draw if isinstance(bank, Pictures) else bank, trigger, threshold, noop, sticky)
+    return _wrapper_class()(env, bank.draw if isinstance(bank, Pictures) else bank, trigger, threshold, noop, sticky, area)
 
 # %% ../../nbs/51_lpm.noisy_tv.ipynb #442af597
 def create_cifar_function_simple(

@@ -17,7 +17,7 @@ from ..dreamer.behavior import BehaviorConfig
 from .curiosity import CuriosityConfig, make_curiosity, prior_transitions
 from .noisy_tv import load_pictures, noisy_tv
 
-# %% ../../nbs/53_lpm.train.ipynb #d6e03f0b
+# %% ../../nbs/53_lpm.train.ipynb #a50fce09
 @dataclass
 class TVConfig:
     "The television."
@@ -25,6 +25,7 @@ class TVConfig:
     threshold: float = 0.5 # of the button, or of the strongest action, both from -1 to 1
     pictures: str = 'photos' # photos, textures, static, or cifar10:FOLDER
     sticky: float = at_least(0.0, 0) # probability that the picture stays
+    area: float = at_least(1.0, 0) # share of the width, from the right, that the set takes; 1 hides the environment, 0.25 leaves Pendulum in sight
 
 # %% ../../nbs/53_lpm.train.ipynb #6927b7d8
 @dataclass
@@ -56,7 +57,7 @@ def settle(
     loop = replace(cfg.loop, steps=max(1, updates), wandb=cfg.wandb or cfg.loop.wandb, wandb_project=cfg.wandb_project)
     return replace(cfg, env=replace(cfg.env, name=cfg.env_name), loop=loop)
 
-# %% ../../nbs/53_lpm.train.ipynb #435a4a3e
+# %% ../../nbs/53_lpm.train.ipynb #ae38ee89
 def time_at_tv(
     run: Run,        # with a replay
     trigger: str,    # 'remote' or 'torque'
@@ -74,7 +75,7 @@ def train_lpm(
     "Train an agent that is curious, or go on with the run of this name."
     cfg = settle(cfg)
     bank, c = load_pictures(cfg.tv.pictures) if cfg.noisy_tv else None, cfg.curiosity
-    tv = partial(noisy_tv, pictures=bank, trigger=cfg.tv.trigger, threshold=cfg.tv.threshold, sticky=cfg.tv.sticky)
+    tv = partial(noisy_tv, pictures=bank, trigger=cfg.tv.trigger, threshold=cfg.tv.threshold, sticky=cfg.tv.sticky, area=cfg.tv.area)
     def curious(agent):
         world = agent.world
         return make_curiosity(c, world.dynamics.n_feat, agent.cfg.action_dim, world.encoder.net.n_out).to(next(world.parameters()).device)
@@ -82,11 +83,11 @@ def train_lpm(
     _keep(run, cfg, bank)
     return run
 
-# %% ../../nbs/53_lpm.train.ipynb #8707bd5b
+# %% ../../nbs/53_lpm.train.ipynb #1eb74c18
 def _keep(run, cfg, bank):
     "`agent_lpm.pth`, which `load_agent` reads, and `lpm.json`."
     data = load_checkpoint(run.checkpoints/'agent.ckpt', 'agent')
     save_checkpoint(run.path/'agent_lpm.pth', 'agent', data['config'], data['state'], data['meta'])
-    found = dict(curiosity=cfg.curiosity.kind, noisy_tv=cfg.noisy_tv, pictures=bank.name if bank else None, trigger=cfg.tv.trigger)
+    found = dict(curiosity=cfg.curiosity.kind, noisy_tv=cfg.noisy_tv, pictures=bank.name if bank else None, trigger=cfg.tv.trigger, area=cfg.tv.area)
     if bank: found |= time_at_tv(run, cfg.tv.trigger, cfg.tv.threshold, data['meta']['discrete'])
     write_json(run.path/'lpm.json', found)
