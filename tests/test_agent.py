@@ -269,6 +269,16 @@ def test_dmc_walker_walks():
     assert found['frames'].shape[1:] == (64, 64, 3) and found['frames'].std() > 10 and 0 < found['returns'][0] < 40 and found['lengths'] == [20]
 
 
+def test_dmc_lives_beside_triton(run_python):
+    "The renderer's LLVM is loaded before Triton's, unless we see to it, and then PyTorch's first optimizer is a segmentation fault."
+    pytest.importorskip('dm_control'), pytest.importorskip('triton')
+    done = run_python('-c', "from dreamer_wb.dreamer.envs import *; from dreamer_wb.core.runs import UserError\n"
+                            "try: s = Stream(make_envs(EnvConfig('dmc_walker_walk', n=1, steps=4), 32), 0); s.reset()\n"
+                            "except UserError: pass                               # no renderer here\n"
+                            "import torch; torch.optim.AdamW([torch.zeros(1, requires_grad=True)]); print('lives')")
+    assert 'lives' in done.stdout and done.returncode == 0, done.stderr
+
+
 def test_scripted_beats_random():
     for name, gap in (('dreamer_wb/Reach-v0', 10), ('Pendulum-v1', 700)):
         stream = Stream(make_envs(EnvConfig(name, n=5), 16))

@@ -7,10 +7,11 @@ __all__ = ['OWN', 'ATARI_100K', 'draw_pendulum', 'draw_reach', 'reach_controller
            'make_env', 'compare_drawings', 'make_envs', 'Actions', 'Stream', 'evaluate', 'random_policy', 'swing_up',
            'scripted_policy']
 
-# %% ../../nbs/27_dreamer.envs.ipynb #7d774f07
+# %% ../../nbs/27_dreamer.envs.ipynb #d3947bcb
 import difflib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -147,11 +148,12 @@ def make_reach(
     if size % cells: raise UserError(f'size={size}: cannot be divided into {cells} cells; choose a multiple of {cells}')
     return _reach_class()(cells, size, steps, render_mode)
 
-# %% ../../nbs/27_dreamer.envs.ipynb #71ca00c5
+# %% ../../nbs/27_dreamer.envs.ipynb #63abbc9a
 def _dmc_name(name):
     "('walker', 'walk') of 'dmc_walker_walk'; `UserError` for what the suite does not have."
     try:
         os.environ.setdefault('MUJOCO_GL', 'egl')
+        with suppress(ImportError): import triton                      # its LLVM crashes if it is loaded after that of Mesa
         from dm_control import suite
     except (ImportError, AttributeError, RuntimeError) as e:
         raise UserError(f'{name}: DeepMind Control does not start ({str(e).splitlines()[0]}): `pip install "dreamer_wb[dmc]"`, and for pictures '
