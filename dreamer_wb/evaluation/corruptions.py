@@ -119,12 +119,14 @@ def stratified(
     found = [np.flatnonzero(group == g) for g in np.unique(group)]
     return np.sort(np.concatenate([i[np.unique(np.linspace(0, len(i) - 1, min(per_group, len(i))).astype(int))] for i in found]))
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #f34a9f0b
+# %% ../../nbs/75_evaluation.corruptions.ipynb #a2305482
 @torch.no_grad()
-def _hits(model, images, label, batch_size): # (N,) bool
-    device, training = next((p.device for p in model.parameters()), 'cpu'), model.training
+def _hits(model, images, label, batch_size, amp='off'): # (N,) bool
+    from dreamer_wb.core.learner import use_bf16
+    device, training = next((p.device for p in model.parameters()), torch.device('cpu')), model.training
     model.eval()
-    out = [model(torch.from_numpy(np.ascontiguousarray(images[i:i + batch_size])).to(device)).argmax(-1).cpu().numpy() for i in range(0, len(images), batch_size)]
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(amp, device)):
+        out = [model(torch.from_numpy(np.ascontiguousarray(images[i:i + batch_size])).to(device)).argmax(-1).cpu().numpy() for i in range(0, len(images), batch_size)]
     model.train(training)
     return np.concatenate(out) == label
 
@@ -138,13 +140,14 @@ def _read_hits(file, n): # (n,) bool, or None
     except (OSError, ValueError, EOFError): return None
     return hits if hits.shape == (n,) and hits.dtype == bool else None
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #0dc73407
+# %% ../../nbs/75_evaluation.corruptions.ipynb #20371999
 def time_estimate(
     images:np.ndarray, # (N, 3, H, W) uint8
     models:dict, # {name: classifier}
     names:tuple, # corruptions
     severities:tuple, # of each
     workers:int=1, # processes
+    amp:str='off', # precision, see classifier.methods.predict
 ) -> float: # seconds, from one picture of each corruption
     "How long the corruptions and the classifiers will take."
     x, seconds = images[0].transpose(1, 2, 0), 0.
@@ -154,17 +157,17 @@ def time_estimate(
         start = time.perf_counter(); corrupt(x, name, 3); seconds += (time.perf_counter() - start)/max(workers, 1)
     eight = np.repeat(corrupt(x, names[0], 1).transpose(2, 0, 1)[None], 8, 0)
     for model in models.values():
-        start = time.perf_counter(); _hits(model, eight, np.zeros(8), 8); seconds += len(names)*(time.perf_counter() - start)/8
+        start = time.perf_counter(); _hits(model, eight, np.zeros(8), 8, amp); seconds += len(names)*(time.perf_counter() - start)/8
     return seconds*len(images)*len(severities)
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #8bf1b35f
+# %% ../../nbs/75_evaluation.corruptions.ipynb #ccab6ff5
 def _announce(seconds, n, parts, cache): # what is going to happen
     t = f'{seconds/60:.0f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'
     return f'corruptions: {parts} x {n} pictures, about {t}' + (f', {parts*n*CANONICAL**2*3/1e9:.1f} GB of pictures in {cache}' if cache else '')
 
 class _Answers: # which pictures each classifier got right, in memory and on disk
-    def __init__(self, models, images, keys, folder):
-        self.n, self.known, pictures = len(images), {}, _fingerprint(images, keys)
+    def __init__(self, models, images, keys, folder, amp='off'):
+        self.n, self.known, pictures = len(images), {}, _fingerprint(images, keys) + ('' if amp == 'off' else f'_{amp}')
         self.folders = {k: Path(folder)/f'{_weights(m)}_{pictures}' if folder else None for k, m in models.items()}
 
     def file(self, m, c, s): return self.folders[m]/f'{c}_{s}.npy'
@@ -185,7 +188,7 @@ def _errors(hits, group): # error over all, over groups, of each group
     known = not np.isnan(acc).all()
     return dict(n=len(hits), error=float(1 - hits.mean()), worst=float(1 - np.nanmin(acc)) if known else math.nan, **{f'error_{g}': float(1 - a) for g, a in zip(GROUPS, acc)})
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #f5b0076a
+# %% ../../nbs/75_evaluation.corruptions.ipynb #4408b45c
 def work_left(
     models:dict, # {name: uint8 images of 224 pixels -> (N, 2) logits}
     images:np.ndarray, # (N, 3, H, W) uint8
@@ -194,13 +197,14 @@ def work_left(
     severities:tuple=(1, 2, 3, 4, 5), # of each
     folder:str='', # where finished parts are kept
     workers:int=1, # processes; 0: one per core
+    amp:str='off', # precision, see classifier.methods.predict
 ) -> tuple: # corruptions and severities that are not finished, seconds
     "What `corruption_errors` would still have to do, and how long it would take."
-    answers, parts = _Answers(models, images, keys, folder), [(c, s) for c in names for s in severities]
+    answers, parts = _Answers(models, images, keys, folder, amp), [(c, s) for c in names for s in severities]
     left = sum(bool(answers.missing(*part)) for part in parts)
-    return left, time_estimate(images, models, names, severities, workers or os.cpu_count())*left/len(parts) if left else 0.
+    return left, time_estimate(images, models, names, severities, workers or os.cpu_count(), amp)*left/len(parts) if left else 0.
 
-# %% ../../nbs/75_evaluation.corruptions.ipynb #e5532f7c
+# %% ../../nbs/75_evaluation.corruptions.ipynb #e00160c2
 def corruption_errors(
     models:dict, # {name: uint8 images of 224 pixels -> (N, 2) logits}
     images:np.ndarray, # (N, 3, H, W) uint8
@@ -213,20 +217,21 @@ def corruption_errors(
     workers:int=1, # processes for corrupting; 0: one per core
     cache:str='', # folder for the corrupted pictures, see corrupt_many
     batch_size:int=64, # pictures at a time
+    amp:str='off', # precision, see classifier.methods.predict
     say=print, # where the time estimate goes; None: it is not made
 ): # DataFrame: model, corruption ('clean' too), severity, error, error of the worst group and of each group
     "Errors of all classifiers under all corruptions; resumable."
     import pandas as pd
-    workers, store = workers or os.cpu_count(), _Answers(models, images, keys, folder)
+    workers, store = workers or os.cpu_count(), _Answers(models, images, keys, folder, amp)
     parts = [('clean', 0), *((c, s) for c in names for s in severities)]
-    left, seconds = work_left(models, images, keys, names, severities, folder, workers) if say else (0, 0)
+    left, seconds = work_left(models, images, keys, names, severities, folder, workers, amp) if say else (0, 0)
     if left: say(_announce(seconds, len(images), left, cache))
     pool = _pool(workers) if workers > 1 else None
     try:
         for c, s in progress(parts, 'corruptions'):
             if not (missing := store.missing(c, s)): continue
             pics = corrupt_many(images, c, s, keys, pool, cache) if s else images
-            for m in missing: store.keep(m, c, s, _hits(models[m], pics, label, batch_size))
+            for m in missing: store.keep(m, c, s, _hits(models[m], pics, label, batch_size, amp))
     finally:
         if pool: pool.shutdown(wait=False, cancel_futures=True)
     rows = [dict(model=m, corruption=c, severity=s, **_errors(store(m, c, s), group)) for c, s in parts for m in models]

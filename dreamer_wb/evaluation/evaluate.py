@@ -33,7 +33,7 @@ from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions
 from .gradcam import CAMS, cam_maps, iou_curve, localisation_table, plot_cams, plot_localisation
 from .tcav import is_constant, layer_gradients, plot_tcav, tcav
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #72e07a0b
+# %% ../../nbs/76_evaluation.evaluate.ipynb #d49a6548
 @dataclass
 class EvaluateConfig:
     "Everything that `dreamer-wb evaluate` reads."
@@ -58,6 +58,7 @@ class EvaluateConfig:
     reference: str = '' # classifier whose corruption error is 100; default: resnet50, else small_cnn, else the first
     cache: str = '' # folder for corrupted pictures, to share between runs; default: they are not kept, only the answers
     workers: int = at_least(1, 0) # processes for corrupting; 0: one per core
+    amp: str = choice('off', 'auto', 'bf16') # precision of predictions: auto takes bfloat16 where it is fast; TCAV and maps are in full precision
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
 
@@ -213,8 +214,8 @@ class Evaluation:
     def figure(self, name, fig):
         with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, dpi=120, format='png')
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #1840169e
-_USES = dict(accuracy=(), tcav=('concepts', 'layers', 'runs', 'images', 'seed'), gradcam=('target', 'images'))
+# %% ../../nbs/76_evaluation.evaluate.ipynb #32d76d0e
+_USES = dict(accuracy=('amp',), tcav=('concepts', 'layers', 'runs', 'images', 'seed'), gradcam=('target', 'images'))
 
 @patch
 def file(self:Evaluation,
@@ -240,12 +241,12 @@ def kept(self:Evaluation,
     with atomic_write(self.file(part, model)) as f: torch.save(found, f)
     return found
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #3bb45ede
+# %% ../../nbs/76_evaluation.evaluate.ipynb #ee0e187f
 def _accuracy(ev):
     import pandas as pd
     test = ev.stores['test']
     counts = group_counts(ev.stores['train'].group) if 'train' in ev.stores else np.zeros(4)
-    prob = {k: ev.kept('accuracy', k, lambda: torch.from_numpy(predict(m, test, 64))).numpy() for k, m in ev.models.items()}
+    prob = {k: ev.kept('accuracy', k, lambda: torch.from_numpy(predict(m, test, 64, ev.cfg.amp))).numpy() for k, m in ev.models.items()}
     rows = [dict(model=k, name=getattr(m, 'title', k), **group_metrics(test.label, prob[k], test.group, counts, k)) for k, m in ev.models.items()]
     ev.tables['accuracy'] = pd.DataFrame(rows).drop(columns='confusion')
 
@@ -289,11 +290,11 @@ def _gradcam(ev):
     ev.figure('cams', plot_cams(test.x[columns], {k: v[columns] for k, v in maps.items()}, masks[columns]))
     ev.tables['iou_curve'] = pd.DataFrame(dict(threshold=np.linspace(.05, .95, 19), **curves)).round(6)
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #edd2fd1c
+# %% ../../nbs/76_evaluation.evaluate.ipynb #1ce91ea5
 def _corrupted(ev): # what corruption_errors and work_left both want to know
     cfg, store = ev.cfg, ev.stores['test']
     index, names = stratified(store.group, cfg.per_group), (*COMMON, *EXTRA) if 'all' in cfg.corruptions else tuple(cfg.corruptions) or COMMON
-    return dict(models=ev.models, images=_features(store, index).x, keys=[store.ids[i] for i in index], names=names, severities=tuple(cfg.severities), folder=str(ev.folder/'corruptions'), workers=cfg.workers)
+    return dict(models=ev.models, images=_features(store, index).x, keys=[store.ids[i] for i in index], names=names, severities=tuple(cfg.severities), folder=str(ev.folder/'corruptions'), workers=cfg.workers, amp=cfg.amp)
 
 def _corruptions(ev):
     import pandas as pd
@@ -309,7 +310,7 @@ def _corruptions(ev):
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #2e01481e
+# %% ../../nbs/76_evaluation.evaluate.ipynb #d3a0c988
 def time_table(
     ev:Evaluation, # with what was asked for
 ) -> dict: # {part: seconds}
@@ -321,7 +322,7 @@ def time_table(
     for k, m in ev.models.items():
         predict(m, x)                                                          # the first time is slower
         one = each(lambda: predict(m, x), len(x))
-        out['accuracy'] += todo('accuracy', k)*len(test)*one
+        out['accuracy'] += todo('accuracy', k)*len(test)*each(lambda: predict(m, x, amp=cfg.amp), len(x))
         if todo('tcav', k): out['tcav'] += (300 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
         for cam in cfg.cams:
             if todo(f'gradcam-{cam}', k): out['gradcam'] += cfg.images*each(lambda: cam_maps(m, x.x[:2], method=cam), 2)
