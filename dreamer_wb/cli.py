@@ -118,7 +118,7 @@ LOOKING = (
             'Extracts the latents once, trains heads on them and the baselines on the same data (ERM, group-balanced, GroupDRO, DFR), and writes one table with accuracies per group.',
             ('dreamer-wb classify run=runs/waterbirds_minimal/first', 'dreamer-wb classify run=runs/demo/seed0 models=[latent,pca] methods=[erm,dfr] seeds=5')))
 
-# %% ../nbs/80_cli.ipynb #aee92ae9
+# %% ../nbs/80_cli.ipynb #1a4f81a1
 MEASURING = (
     Command('concepts', 'evaluation.concepts:ConceptsConfig', 'evaluation.concepts:concepts', 'world model -> counterfactuals, and classifiers retrained with them',
             'Teaches the world model of a run what an edit of the background does, measures the counterfactuals that it imagines beside exact ones, retrains classifiers with and without them, '
@@ -127,10 +127,10 @@ MEASURING = (
              'dreamer-wb concepts run=runs/waterbirds_minimal/first train.masks=1 train.loop.steps=20000'),
             after='tables: {result}/summary.md\nfigures: {result}/figures'),
     Command('evaluate', 'evaluation.evaluate:EvaluateConfig', 'evaluation.evaluate:evaluate', 'classifiers -> concepts, where they look, corruptions',
-            'Measures all classifiers that classify has kept in a run, or a network of torchvision, on the same test pictures: accuracy per group, TCAV, class activation maps against the masks, '
+            'Measures all classifiers that classify has kept in a run, a network of torchvision, or both, on the same test pictures: accuracy per group, TCAV, class activation maps against the masks, '
             'and the 15 corruptions of ImageNet-C (those need `pip install "dreamer_wb[corruptions]"`). Interrupted, the same command goes on where it was.',
             ('dreamer-wb evaluate run=runs/waterbirds_minimal/first', 'dreamer-wb evaluate run=runs/demo/seed0 models=[dreamer_mlp,small_cnn] parts=[tcav,gradcam]',
-             'dreamer-wb evaluate model=resnet50 weights=my_resnet50.pt data_dir=datasets/waterbirds_episodes per_group=0 workers=0'),
+             'dreamer-wb evaluate network=resnet50 weights=my_resnet50.pt data_dir=datasets/waterbirds_episodes per_group=0 workers=0'),
             after='evaluation: {result}/summary.md'),
     Command('report', 'evaluation.report:ReportConfig', 'evaluation.report:report', 'run folder -> report.html, report.md, report.json',
             'Gathers pictures, tables, configuration, versions and times of a run into one page that needs no other file. '
