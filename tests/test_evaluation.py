@@ -79,3 +79,76 @@ def test_every_corruption_is_its_own_and_reproducible(name):
 
 def test_unknown_names_are_one_line():
     with pytest.raises(UserError, match='there are gaussian_noise'): corrupt(np.zeros((8, 8, 3), np.uint8), 'hail', 1)
+
+
+def test_corruptions_without_the_extra(monkeypatch):
+    "One line that says what to install."
+    import sys
+    monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
+    with pytest.raises(UserError, match=r'pip install "dreamer_wb\[corruptions\]"'): corrupt(np.zeros((8, 8, 3), np.uint8), 'fog', 1)
+
+
+def test_alexnet_is_for_imagenet_alone(monkeypatch):
+    "The mCE of two classes does not know of AlexNet."
+    import pandas as pd
+    from dreamer_wb.evaluation import corruptions
+    errors = pd.DataFrame([dict(model=m, corruption=c, severity=s, error=e*(1 + s), worst=e) for m, e in dict(a=.1, b=.2).items() for c, s in [('clean', 0), *((c, 3) for c in COMMON)]])
+    monkeypatch.setattr(corruptions, 'ALEXNET', {})
+    assert corruptions.mce(errors, 'a', 'b')['mce'] == pytest.approx(50) and corruptions.mce(errors, 'b', 'b')['mce'] == pytest.approx(100)
+    with pytest.raises(KeyError): corruptions.imagenet_c_mce(dict.fromkeys(COMMON, .5))
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    "Pictures and an untrained ResNet-18, and what the command is told about them."
+    from torchvision.models import get_model
+    from dreamer_wb.cli import main
+    folder = tmp_path_factory.mktemp('network')
+    assert not main(['prepare', 'source=synthetic', 'n=240', 'size=32', f'out_dir={folder}/data', 'workers=1'])
+    torch.manual_seed(0)
+    torch.save(get_model('resnet18', num_classes=2).state_dict(), folder/'r18.pt')
+    return folder, ['evaluate', 'network=resnet18', f'weights={folder}/r18.pt', f'data_dir={folder}/data', 'size=64', f'out={folder}/r18', 'images=16', 'runs=3', 'concepts=[background]']
+
+
+def test_what_is_found_is_not_lost(network, monkeypatch, capsys):
+    "Interrupted after the maps: they, TCAV and the predictions are not computed again; other settings are."
+    from dreamer_wb.cli import main
+    from dreamer_wb.core.runs import read_json
+    from dreamer_wb.evaluation import evaluate
+    folder, args = network
+    def stop(*a, **k): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, '_corruptions', stop)
+        assert main(args) == 130
+    assert not (folder/'r18/results.json').exists()
+    with monkeypatch.context() as m:
+        for name in ('tcav', 'cam_maps'): m.setattr(evaluate, name, stop)
+        assert main([*args, 'parts=[tcav,gradcam]']) == 0
+        assert main([*args, 'parts=[tcav,gradcam]', 'cams=[gradcam,layercam]']) == 130      # one of the two is new
+    assert main([*args, 'parts=[tcav,gradcam]', 'cams=[gradcam,layercam]']) == 0
+    found = read_json(folder/'r18/results.json')
+    assert {'resnet18', 'resnet18, layercam'} < {r['map'] for r in found['gradcam']}
+    assert [t['part'] for t in found['times']] == ['accuracy', 'tcav', 'gradcam'] and 'evaluate: about' in capsys.readouterr().out
+
+
+def test_a_network_without_a_run_has_a_page(network):
+    "Also beside a second one, in tables that other programs read."
+    import pandas as pd
+    from dreamer_wb.cli import main
+    folder, args = network
+    assert main([*args, 'parts=[gradcam]']) == 0 and main([*args, 'parts=[gradcam]', f'out={folder}/again', 'seed=1']) == 0
+    assert main(['report', f'run={folder}/r18']) == 0
+    page = (folder/'r18/report.html').read_text()
+    assert 'What does the network look at?' in page and 'Activation maps' in page and 'evaluate network=resnet18' in page
+    assert main(['report', f'runs=[{folder}/r18,{folder}/again]', f'out={folder}/both']) == 0
+    table = pd.read_csv(folder/'both/tables/gradcam.csv')
+    assert set(table['run']) == {'r18', 'again'} and (folder/'both/tables/gradcam.tex').read_text().startswith(r'\begin{table}')
+
+
+@pytest.mark.parametrize('more, words', [(['reference=alexnet'], 'there are resnet18'), (['layers=[body.layer3]'], 'there are'), (['cams=[gradcom]'], 'did you mean `gradcam`'), (['corruptions=[fogg]'], 'did you mean `fog`')])
+def test_what_evaluate_refuses(network, capsys, more, words):
+    "One line, before anything is computed."
+    from dreamer_wb.cli import main
+    assert main([*network[1], *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and '\n' not in said

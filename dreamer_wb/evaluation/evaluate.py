@@ -33,14 +33,14 @@ from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions
 from .gradcam import CAMS, cam_maps, iou_curve, localisation_table, plot_cams, plot_localisation
 from .tcav import is_constant, layer_gradients, plot_tcav, tcav
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #d49a6548
+# %% ../../nbs/76_evaluation.evaluate.ipynb #760786de
 @dataclass
 class EvaluateConfig:
     "Everything that `dreamer-wb evaluate` reads."
     run: str = '' # run folder in which `dreamer-wb classify` has kept classifiers
-    model: str = '' # a network of torchvision with two outputs, e.g. resnet50: alone, or beside the classifiers of the run
-    weights: str = '' # file with the weights of `model`
-    size: int = at_least(224, 8) # side of the pictures that `model` sees, pixels
+    network: str = '' # a network of torchvision with two outputs, e.g. resnet50: alone, or beside the classifiers of the run
+    weights: str = '' # file with its weights
+    size: int = at_least(224, 8) # side of the pictures that it sees, pixels
     data_dir: str = '' # folder of episodes with val/ and test/; default: the data of the run
     out: str = '' # folder of the results; default: evaluate/ in the run, or runs/evaluate/<model>
     models: List[str] = items() # only these classifiers of the run, e.g. [dreamer_mlp, small_cnn]; empty: all that were kept
@@ -62,7 +62,7 @@ class EvaluateConfig:
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #dd40639e
+# %% ../../nbs/76_evaluation.evaluate.ipynb #c6afd57e
 PARTS = 'tcav', 'gradcam', 'corruptions'
 
 def check_evaluate(
@@ -75,8 +75,8 @@ def check_evaluate(
             near = difflib.get_close_matches(name, known, 1)
             if name not in known: raise UserError(f'{key}: no `{name}`' + (f', did you mean `{near[0]}`?' if near else '') + f' There are {", ".join(known)}')
     if bad := [s for s in cfg.severities if s not in range(1, 6)]: raise UserError(f'severities={bad}: they go from 1 to 5')
-    if not (cfg.run or cfg.model): raise UserError('give run=… (a run folder with classifiers), model=… weights=… (a network of torchvision), or both')
-    if cfg.model and not (cfg.weights and (cfg.run or cfg.data_dir)): raise UserError(f'model={cfg.model}: weights=FILE and data_dir=FOLDER are needed, too')
+    if not (cfg.run or cfg.network): raise UserError('give run=… (a run folder with classifiers), network=… weights=… (a network of torchvision), or both')
+    if cfg.network and not (cfg.weights and (cfg.run or cfg.data_dir)): raise UserError(f'network={cfg.network}: weights=FILE and data_dir=FOLDER are needed, too')
     if 'gradcam' in cfg.parts and not cfg.cams: raise UserError('cams: name at least one, or leave gradcam out of parts')
     for c in cfg.concepts:
         if c not in CONCEPTS and not Path(c).is_dir(): raise UserError(f'concepts: `{c}` is neither {" nor ".join(CONCEPTS)} nor a folder of images')
@@ -113,7 +113,7 @@ def _with_encoder(head, run, cfg):
     world = DreamerWorldModel.load_from_checkpoint(run.checkpoints/'world_model.ckpt')
     return EncoderHead(world, head, cfg['part'], run.config.get('repeat', 1))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #796bdca8
+# %% ../../nbs/76_evaluation.evaluate.ipynb #58c492ab
 def torchvision_classifier(
     model:str, # name in torchvision.models, e.g. 'resnet50'
     weights:str, # file with a state dict of it with two outputs, also of ours (from classify/cells)
@@ -121,7 +121,7 @@ def torchvision_classifier(
 ) -> nn.Module: # uint8 images -> (N, 2) logits
     "A network of torchvision with weights from a file, behind ImageNet's normalisation; nothing in the file is executed."
     from torchvision.models import get_model, list_models
-    if model not in list_models(): raise UserError(f'model={model}: torchvision has none of this name; for example resnet50, resnet18, vit_b_16')
+    if model not in list_models(): raise UserError(f'network={model}: torchvision has none of this name; for example resnet50, resnet18, vit_b_16')
     try: state = torch.load(weights, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise UserError(f'{weights}: no such weights file') from None
     except Exception: raise UserError(f'{weights}: not a file of tensors that torch can read; give a state dict') from None
@@ -134,13 +134,13 @@ def torchvision_classifier(
     net.title = f'{model} ({Path(weights).name})'
     return net
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #33a2b5cc
+# %% ../../nbs/76_evaluation.evaluate.ipynb #1d89e57a
 def open_classifiers(
     cfg:EvaluateConfig, # what was asked for
     run:Run=None, # the run, or None
 ) -> dict: # {key: classifier}
     "The classifiers to evaluate; raises `UserError` if there are none."
-    other = {cfg.model: torchvision_classifier(cfg.model, cfg.weights, cfg.size)} if cfg.model else {}
+    other = {cfg.network: torchvision_classifier(cfg.network, cfg.weights, cfg.size)} if cfg.network else {}
     if run is None: return other
     files = {f.stem.removesuffix(f'-erm-{cfg.seed}'): f for f in sorted((run.path/'classify/cells').glob(f'*-erm-{cfg.seed}.ckpt')) if not f.name.startswith('pca')}
     if not files: raise UserError(f'{run.path}: no classifiers of seed {cfg.seed} kept there; first `dreamer-wb classify run={run.path} methods=[erm] seeds=[{cfg.seed}]`')
@@ -290,7 +290,7 @@ def _gradcam(ev):
     ev.figure('cams', plot_cams(test.x[columns], {k: v[columns] for k, v in maps.items()}, masks[columns]))
     ev.tables['iou_curve'] = pd.DataFrame(dict(threshold=np.linspace(.05, .95, 19), **curves)).round(6)
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #1ce91ea5
+# %% ../../nbs/76_evaluation.evaluate.ipynb #ff713f26
 def _corrupted(ev): # what corruption_errors and work_left both want to know
     cfg, store = ev.cfg, ev.stores['test']
     index, names = stratified(store.group, cfg.per_group), (*COMMON, *EXTRA) if 'all' in cfg.corruptions else tuple(cfg.corruptions) or COMMON
@@ -305,7 +305,7 @@ def _corruptions(ev):
         if 'not installed' not in str(e): raise
         return ev.notes.append(f'corruptions: left out. {e}')
     reference = cfg.reference or next((k for k in ('resnet50', 'small_cnn') if k in ev.models), next(iter(ev.models)))
-    if len(ev.models) == 1: ev.notes.append(f'mCE: {reference} is its own reference, so its mCE is 100; run=… and model=… together compare a network with the classifiers of a run.')
+    if len(ev.models) == 1: ev.notes.append(f'mCE: {reference} is its own reference, so its mCE is 100; run=… and network=… together compare a network with the classifiers of a run.')
     ev.tables['corruptions'] = errors
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
@@ -371,10 +371,10 @@ def _save(ev, facts): # all tables as CSV, the summary as Markdown, everything a
     write_json(ev.folder/'results.json', plain(dict(config=to_dict(ev.cfg), notes=ev.notes, explained=' '.join(SUMMARY.split()), **facts,
                                                     **{k: t.to_dict('records') for k, t in ev.tables.items()})))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #700fb6b6
+# %% ../../nbs/76_evaluation.evaluate.ipynb #3871b6b4
 def _places(cfg): # the run, or what takes its place; the folder of the results
     if cfg.run: return (run := Run.open(cfg.run)), Path(cfg.out or run.path/'evaluate')
-    folder = Path(cfg.out or Path('runs/evaluate')/cfg.model)
+    folder = Path(cfg.out or Path('runs/evaluate')/cfg.network)
     if (folder/'config.yaml').exists() and 'cams' not in Run.open(folder).config: raise UserError(f'{folder}: holds a run of another kind; give another out')
     return Run(folder, plain(to_dict(cfg))), folder
 

@@ -334,7 +334,7 @@ def _environment(
     env = read_json(file)
     return env[-1] if isinstance(env, list) else env
 
-# %% ../../nbs/70_evaluation.report.ipynb #07fb52f0
+# %% ../../nbs/70_evaluation.report.ipynb #c1b2ff9b
 def _making(
     report:Report, # the page
     run:Run, # the run
@@ -349,7 +349,7 @@ def _making(
     report.code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), 'Exact configuration')
     if env := _environment(run):
         report.code(yaml.safe_dump(env, sort_keys=False, allow_unicode=True), f'Versions: Python {env["python"]}, torch {env["packages"]["torch"]}, {env["platform"]}')
-    if 'cams' in run.config: report.text(f'To repeat it: `dreamer-wb evaluate {" ".join(f"{k}={run.config[k]}" for k in ("model", "weights", "data_dir"))} out=again`, with the settings above.')
+    if 'cams' in run.config: report.text(f'To repeat it: `dreamer-wb evaluate {" ".join(f"{k}={run.config[k]}" for k in ("network", "weights", "data_dir"))} out=again`, with the settings above.')
     else: report.text(f'To repeat it: `dreamer-wb train experiment={run.path}/config.yaml name=again`.')
 
 # %% ../../nbs/70_evaluation.report.ipynb #ee54b1f5
