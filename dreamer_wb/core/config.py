@@ -66,7 +66,7 @@ class DecoderConfig:
     mixtures: int = at_least(10, 1) # logistic_mixture only: logistics in each pixel
     patch: int = at_least(0, 0) # vit only: side of a patch in pixels, a divisor of size; 0 = about 12 patches a side
 
-# %% ../../nbs/00_core.config.ipynb #b4d14d15
+# %% ../../nbs/00_core.config.ipynb #78d074eb
 @dataclass
 class HierarchyConfig:
     "Levels above the recurrent state-space model and the clocks that drive them, see `vta.dynamics`."
@@ -90,6 +90,7 @@ class HierarchyConfig:
     boundary_scale: float = at_least(0.0, 0) # weight of that wish
     boundary_gradient: str = choice('straight_through', 'leave_one_out') # learned, length: how boundaries learn; leave_one_out: from two samples of them
     advantage: float = at_least(5.0, 0) # leave_one_out: standard deviation in nats that differences in cost are scaled to, 0: as they are
+    upper_kl: float = at_least(1.0, 0) # the KL of the latent of level l weighs `upper_kl**l`; below 1 what an upper level says is cheap
     explore: float = at_least(0.0, 0) # leave_one_out: share of the decisions that are drawn at boundary_rate at first
     explore_steps: int = at_least(0, 0) # updates in which that falls to 0; 0 = it stays
     change: bool = False # learned, length: the posterior also reads how far the features of the image are from those of the step before
