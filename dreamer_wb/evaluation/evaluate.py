@@ -310,7 +310,7 @@ def _corruptions(ev):
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #d3a0c988
+# %% ../../nbs/76_evaluation.evaluate.ipynb #403e7d6f
 def time_table(
     ev:Evaluation, # with what was asked for
 ) -> dict: # {part: seconds}
@@ -325,7 +325,9 @@ def time_table(
         out['accuracy'] += todo('accuracy', k)*len(test)*each(lambda: predict(m, x, amp=cfg.amp), len(x))
         if todo('tcav', k): out['tcav'] += (300 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
         for cam in cfg.cams:
-            if todo(f'gradcam-{cam}', k): out['gradcam'] += cfg.images*each(lambda: cam_maps(m, x.x[:2], method=cam), 2)
+            if not todo(f'gradcam-{cam}', k): continue
+            cam_maps(m, x.x[:1], method=cam)
+            out['gradcam'] += cfg.images*each(lambda: cam_maps(m, x.x[:2], method=cam), 2)
     try: out |= {k: work_left(**_corrupted(ev))[1] for k in out if k == 'corruptions'}
     except UserError: pass                                                     # not installed: said when it is their turn
     return out

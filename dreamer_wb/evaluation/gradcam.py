@@ -146,7 +146,7 @@ def iou_curve(
     if thresholds is None: thresholds = np.linspace(.05, .95, 19)
     return np.array([iou(maps >= t, masks).mean() for t in thresholds])
 
-# %% ../../nbs/74_evaluation.gradcam.ipynb #9e2272ae
+# %% ../../nbs/74_evaluation.gradcam.ipynb #3b723447
 def plot_cams(
     obs:np.ndarray, # (N, 3, H, W) uint8
     maps:dict, # {name: (N, H, W)}, one row each
@@ -164,12 +164,12 @@ def plot_cams(
             if m is not None:
                 ax.imshow(m[j], cmap='inferno', alpha=.65, vmin=0, vmax=1)
                 if masks is not None: ax.contour(masks[j], [.5], colors='#7fffd4', linewidths=1)
-            if j == 0: ax.set_ylabel(name, fontsize=8)
+            if j == 0: ax.set_ylabel(name.replace(', ', ',\n'), fontsize=8)
             if i == 0 and titles: ax.set_title(titles[j], fontsize=7)
             ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     return fig
 
-# %% ../../nbs/74_evaluation.gradcam.ipynb #84c284a8
+# %% ../../nbs/74_evaluation.gradcam.ipynb #c806d5a4
 def plot_localisation(
     table, # DataFrame from localisation_table
     curves:dict=None, # {name: (T,) from iou_curve}
@@ -177,16 +177,16 @@ def plot_localisation(
     "The measures beside their baselines, and IoU over thresholds."
     from matplotlib.figure import Figure
     everyone, names = table[table['group'] == 'all'], list(MEASURES)[:4]
-    fig = Figure(figsize=(9.5 if curves else 7, 2.9), layout='constrained')
+    fig = Figure(figsize=(9.5 if curves else 7, 3.3), layout='constrained')
     axes = fig.subplots(1, 2 if curves else 1, squeeze=False, width_ratios=[2.2, 1][:2 if curves else 1])[0]
-    n = len(everyone)
+    n, colours = len(everyone), {}
     for i, r in enumerate(everyone.itertuples()):
         base = r.map.startswith('baseline')
-        colour = f'{.55 + .13*(i % 3)}' if base else f'C{i}'
-        axes[0].bar(np.arange(4) + (i - n/2 + .5)*.8/n, [getattr(r, k) for k in names], .8/n, color=colour, label=r.map.removeprefix('baseline: '))
+        name, colour = r.map.removeprefix('baseline: '), f'{.55 + .13*(i % 3)}' if base else f'C{i}'
+        colours[name] = axes[0].bar(np.arange(4) + (i - n/2 + .5)*.8/n, [getattr(r, k) for k in names], .8/n, color=colour, label=name)[0].get_facecolor()
     axes[0].set(xticks=range(4), xticklabels=[MEASURES[k].replace(', ', ',\n') for k in names], ylim=(0, None))
-    axes[0].legend(fontsize=7, frameon=False, ncols=2)
-    for name, c in (curves or {}).items(): axes[1].plot(np.linspace(.05, .95, len(c)), c, label=name)
-    if curves: axes[1].set(xlabel='threshold of the map', ylabel='mean IoU', ylim=(0, None)); axes[1].legend(fontsize=7, frameon=False)
+    for name, c in (curves or {}).items(): axes[1].plot(np.linspace(.05, .95, len(c)), c, color=colours.get(name))
+    if curves: axes[1].set(xlabel='threshold of the map', ylabel='mean IoU', ylim=(0, None))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(n, 5), fontsize=7, frameon=False)
     for ax in axes: ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return fig
