@@ -193,10 +193,10 @@ def _dmc_class():
             return None, float(at.reward or 0), end, at.last() and not end, {}
     return DmcEnv
 
-# %% ../../nbs/27_dreamer.envs.ipynb #b4179423
+# %% ../../nbs/27_dreamer.envs.ipynb #61d18410
 OWN = { # gymnasium id -> where its class is
     'dreamer_wb/Reach-v0': 'dreamer_wb.dreamer.envs:make_reach', 'dreamer_wb/Maze-v0': 'dreamer_wb.vta.maze:make_maze_env',
-    'dreamer_wb/Keys-v0': 'dreamer_wb.vta.director:make_keys'}
+    'dreamer_wb/Keys-v0': 'dreamer_wb.vta.director:make_keys', 'dreamer_wb/LongKeys-v0': 'dreamer_wb.vta.director:make_long_keys'}
 
 @dataclass
 class EnvConfig:

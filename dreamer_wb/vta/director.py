@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GoalAutoencoder', 'kl_to_uniform', 'max_cosine', 'segment_returns', 'Level', 'join', 'Director', 'TwoRooms',
-           'plot_goals', 'draw_keys', 'keys_optimum', 'make_keys']
+           'plot_goals', 'draw_keys', 'keys_optimum', 'keys_chance', 'make_keys', 'make_long_keys', 'follow_goals',
+           'goal_segments', 'show_goals']
 
-# %% ../../nbs/49_vta.director.ipynb #1761e056
+# %% ../../nbs/49_vta.director.ipynb #6acdbd61
 import math
 from functools import cache
 from itertools import product
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core.runs import UserError
+from ..data.episodes import float_to_image
+from ..dreamer.agent import Player
 from ..dreamer.behavior import ActorCritic, BehaviorConfig, Buttons, Critic, curious_reward, lambda_returns, motors
-from ..dreamer.distributions import Categorical
+from ..dreamer.distributions import Categorical, TwoHot
 from ..dreamer.networks import mlp
 from .dynamics import key
 
@@ -112,7 +115,7 @@ def join(
     "What a level reads."
     return feat if goal is None else torch.cat([feat, goal], -1)
 
-# %% ../../nbs/49_vta.director.ipynb #a112f814
+# %% ../../nbs/49_vta.director.ipynb #65b76807
 class Director(nn.Module):
     "A worker and managers above it, behind the surface of an actor-critic."
     replay_loss = ActorCritic.replay_loss                     # the highest level's critic of the task, on real rewards
@@ -127,7 +130,8 @@ class Director(nn.Module):
         super().__init__()
         if cfg.actor_grad != 'reinforce': raise UserError(f'behavior.actor_grad={cfg.actor_grad}: behavior.name=director needs behavior.actor_grad=reinforce')
         d, self.cfg, self.discrete, self.rewards, self.n_goal = cfg.director, cfg, discrete, tuple(rewards), n_goal or n_feat
-        self.goals, self.levels = GoalAutoencoder(self.n_goal, cfg), nn.ModuleList()
+        self.goals, self.levels, self.relative = GoalAutoencoder(self.n_goal, cfg), nn.ModuleList(), d.clock == 'value' and not d.threshold
+        if self.relative: self.register_buffer('changes', torch.full((8, 256), math.inf))             # of value, recent ones: until it is filled, only the limit ticks
         for l in range(d.levels):
             n_in = n_feat + (self.n_goal if l < d.levels - 1 else 0)
             n_out = d.codes*d.classes if l else n_action if discrete else 2*n_action
@@ -170,7 +174,7 @@ def policy(self: Director,
     if l: return Categorical(raw.unflatten(-1, (c.director.codes, c.director.classes)), c.unimix)
     return Buttons(raw, c.unimix) if self.discrete else motors(raw, c.min_std, c.max_std)
 
-# %% ../../nbs/49_vta.director.ipynb #a76edc5c
+# %% ../../nbs/49_vta.director.ipynb #1e5bcb6b
 @patch
 def ticks(self: Director,
     feat: Tensor,  # (N,F)
@@ -180,17 +184,17 @@ def ticks(self: Director,
 ) -> list: # of (N,1) bool, for level 1 and up
     "Which managers choose a new goal."
     d, out, below, start = self.cfg.director, [], True, first.unsqueeze(-1)
-    if d.clock == 'value': worth, unit = self.worth(feat), self.critics['task'].scale()
+    if d.clock == 'value': worth = self.worth(feat)
     for l in range(1, d.levels):
         age = memory[f'age{l}']
         wants = age >= d.every**l
         if d.clock == 'dynamics': wants = wants | (state[key(l, 'boundary')] > .5)
-        if d.clock == 'value': wants = wants | ((worth - memory[f'value{l}']).abs() > l*d.threshold*unit)
+        if d.clock == 'value': wants = wants | ((worth - memory[f'value{l}']).abs() > self.bar(l))
         below = (wants & below) | start | (age == 0)
         out.append(below)
     return out
 
-# %% ../../nbs/49_vta.director.ipynb #caa93fb3
+# %% ../../nbs/49_vta.director.ipynb #ca74d441
 @patch
 def worth(self: Director,
     feat: Tensor, # (..., F)
@@ -198,9 +202,30 @@ def worth(self: Director,
     "What the highest level's slow critic thinks of the task's prospects."
     with torch.no_grad():
         critic = self.critics['task']
-        return type(critic(feat))(critic.slow(feat), critic.bins).mode.unsqueeze(-1)
+        return TwoHot(critic.slow(feat), critic.bins).mode.unsqueeze(-1)
 
-# %% ../../nbs/49_vta.director.ipynb #522f8b60
+# %% ../../nbs/49_vta.director.ipynb #8b8e06fd
+@patch
+def bar(self: Director,
+    l: int, # level
+) -> Tensor: # scalar
+    "The change of value that makes a manager tick: exceeded by a share `rate**l` of the recent ones, or fixed."
+    d = self.cfg.director
+    if not self.relative: return l*d.threshold*self.critics['task'].scale()
+    n = self.changes.numel()
+    return self.changes.flatten().kthvalue(min(n, max(1, math.ceil(n*(1 - d.rate**l))))).values
+
+@patch
+def remember(self: Director,
+    worth: Tensor,  # (N,H) of the states of a dream, in order
+    weight: Tensor, # (N,H) how much each counts, 0 after the end of an episode
+):
+    "Take in the changes of a dream; the oldest make room."
+    change, often = (worth[:, 1:] - worth[:, :-1]).abs().flatten(), weight[:, 1:].flatten()
+    some = torch.multinomial(often + 1e-12, self.changes.shape[1], replacement=True)
+    self.changes.copy_(torch.cat([self.changes[1:], change[some][None]]))
+
+# %% ../../nbs/49_vta.director.ipynb #d73a54a0
 @patch
 def decide(self: Director,
     feat: Tensor,  # (N,F)
@@ -216,14 +241,14 @@ def decide(self: Director,
         ticks, worth = self.ticks(feat, state, first, memory), self.worth(feat) if self.cfg.director.clock == 'value' else blank
         for l in reversed(managers):
             tick, new[f'age{l}'] = ticks[l - 1], memory[f'age{l}'] + 1
+            new |= {f'tick{l}': tick, f'value{l}': worth if self.relative else torch.where(tick, worth, memory[f'value{l}'])}   # at the last step, or tick
             if not tick.any():                                                                         # nobody is asked
-                new |= {f'{k}{l}': memory[f'{k}{l}'] for k in ('goal', 'code', 'value')} | {f'tick{l}': tick}
-                above = new[f'goal{l}']; continue
+                above = new[f'goal{l}'] = memory[f'goal{l}']; new[f'code{l}'] = memory[f'code{l}']; continue
             dist = self.policy(l, join(feat, above))
             code = dist.sample() if explore else dist.mode
             above = new[f'goal{l}'] = torch.where(tick, self.goals.decode(code), memory[f'goal{l}'])
             new[f'code{l}'] = torch.where(tick.unsqueeze(-1), code, memory[f'code{l}'])
-            new |= {f'tick{l}': tick, f'age{l}': torch.where(tick, 1., new[f'age{l}']), f'value{l}': torch.where(tick, worth, memory[f'value{l}'])}
+            new[f'age{l}'] = torch.where(tick, 1., new[f'age{l}'])
         return new
 
 # %% ../../nbs/49_vta.director.ipynb #9e7525f8
@@ -242,12 +267,12 @@ def act(self: Director,
         policy = self.policy(0, join(feat, memory['goal1']))
         return policy.sample() if explore else policy.mode, memory
 
-# %% ../../nbs/49_vta.director.ipynb #797c8c1e
+# %% ../../nbs/49_vta.director.ipynb #3a9f3c6c
 @patch
 def dream(self: Director,
     world,       # `dynamics` with `img_step` and `feat`, and predict
     state: dict, # where dreams begin, leading (N,)
-) -> dict: # feat (N,H+1,F), act (N,H,A), rew (N,H) on arrival, cont (N,H+1); for every manager `goal1` (N,H,G), `code1` (N,H,K,C), `tick1` (N,H)
+) -> dict: # feat (N,H+1,F), act (N,H,A), rew (N,H) on arrival, cont (N,H+1); for every manager `goal1` (N,H,G), `code1` (N,H,K,C), `tick1`, `value1` (N,H)
     "Imagine with the actions of the worker and the goals of the managers."
     with torch.no_grad():
         dyn, memory, rows = world.dynamics, None, []
@@ -255,15 +280,15 @@ def dream(self: Director,
         first = torch.zeros(len(feat), dtype=torch.bool, device=feat.device)
         for _ in range(self.cfg.horizon):
             act, memory = self.act(dyn, state, first, memory)
-            rows.append(dict(feat=feat, act=act, **{k: v for k, v in memory.items() if k[:3] not in ('age', 'val')}))
+            rows.append(dict(feat=feat, act=act, **{k: v for k, v in memory.items() if k[:3] != 'age'}))
             state = dyn.img_step(state, act, sample=True)
             feat = dyn.feat(state)
         out = {k: torch.stack([row[k] for row in rows], 1) for k in rows[0]}
         out['feat'] = torch.cat([out['feat'], feat.unsqueeze(1)], 1)
         rew, cont = world.predict(out['feat'])
-        return {k: v.squeeze(-1) if k[:4] == 'tick' else v for k, v in out.items()} | dict(rew=rew[:, 1:], cont=cont)
+        return {k: v.squeeze(-1) if k[:4] in ('tick', 'valu') else v for k, v in out.items()} | dict(rew=rew[:, 1:], cont=cont)
 
-# %% ../../nbs/49_vta.director.ipynb #db4d8d91
+# %% ../../nbs/49_vta.director.ipynb #27ce3818
 @patch
 def losses(self: Director,
     dream: dict,    # from `dream`
@@ -277,6 +302,7 @@ def losses(self: Director,
         mine, more, task = self._level(l, dream, disc, weight, curiosity)
         losses, metrics = losses | mine, metrics | more
     losses['goals'], error, kl = self.goals.loss(self.goal_part(dream['feat'][:, 0]))
+    if self.training and self.relative: self.remember(dream['value1'], weight)
     if self.training:
         for level in self.levels: [critic.follow(self.cfg.slow_rate) for critic in level.critics.values()]
     return losses, task, metrics | dict(goal_error=error.detach().mean(), goal_kl=kl.detach().mean())
@@ -446,6 +472,24 @@ def keys_optimum(
     "The shortest way over the key."
     return float(np.mean([x + y for x, y in product(range(cells), repeat=2)][1:-1]) + 2*(cells - 1))
 
+# %% ../../nbs/49_vta.director.ipynb #60dd2b82
+def keys_chance(
+    cells: int = 4,  # cells in a row
+    steps: int = 32, # of an episode
+) -> float: # share of episodes
+    "How often pressing anything wins, exactly."
+    at, n = lambda x, y: np.clip(y, 0, cells - 1)*cells + np.clip(x, 0, cells - 1), cells**2
+    x, y = np.arange(n) % cells, np.arange(n)//cells
+    move = np.zeros((n, n))
+    for i, j in _moves: np.add.at(move, (np.arange(n), at(x + i, y + j)), 1/len(_moves))
+    without, key, won = np.full(n, 1/(n - 2)), np.zeros(n), 0.
+    without[[0, -1]] = 0
+    for _ in range(steps):
+        without, key = without @ move, key @ move
+        key[0] += without[0]; won += key[-1]
+        without[0] = key[-1] = 0
+    return float(won)
+
 # %% ../../nbs/49_vta.director.ipynb #22cc732f
 @cache
 def _keys_class():
@@ -470,13 +514,84 @@ def _keys_class():
             return self._view(), float(won), bool(won), self.t >= self.steps, dict(taken=self.taken)
     return KeysEnv
 
-# %% ../../nbs/49_vta.director.ipynb #2f0319e2
+# %% ../../nbs/49_vta.director.ipynb #67a1e450
 def make_keys(
     cells: int = 4,          # cells in a row
-    size: int = 16,          # side of the pictures, a multiple of `cells`
+    size: int = 16,          # side of the pictures; what is left over at the right and below stays grey
     steps: int = 32,         # of an episode at most
     render_mode: str = None, # 'rgb_array' or None
 ): # a gymnasium.Env
     "Keys as an environment; gymnasium knows it as `dreamer_wb/Keys-v0`."
-    if size % cells: raise UserError(f'size={size}: cannot be divided into {cells} cells; choose a multiple of {cells}')
+    if size < cells: raise UserError(f'size={size}: too small for {cells} cells in a row; choose size={cells} or more')
     return _keys_class()(cells, size, steps, render_mode)
+
+def make_long_keys(
+    size: int = 16,          # side of the pictures
+    steps: int = 100,        # of an episode at most
+    render_mode: str = None, # 'rgb_array' or None
+): # a gymnasium.Env
+    "Keys with six cells in a row, `dreamer_wb/LongKeys-v0`: from the key to the end it is as far as the agent of the preset can dream."
+    return make_keys(6, size, steps, render_mode)
+
+# %% ../../nbs/49_vta.director.ipynb #32494fda
+@patch
+def draw_goal(self: Director,
+    world,        # with `dynamics` and `decoder`
+    goal: Tensor, # (N,G)
+) -> Tensor: # (N,H,W,3) uint8
+    "A goal as a picture."
+    dyn = world.dynamics
+    with torch.no_grad():
+        feat = goal if self.n_goal == dyn.n_feat else torch.cat([dyn.draw(dyn.stats(dyn.prior(goal)), None), goal], -1)
+        return float_to_image(world.decoder(feat)).permute(0, 2, 3, 1)
+
+# %% ../../nbs/49_vta.director.ipynb #83b9b983
+@torch.no_grad()
+def follow_goals(
+    agent,      # with behavior.name=director
+    stream,     # Stream of environments; the first is looked at
+    steps: int = 200, # how long
+) -> dict: # of tensors: obs (T,H,W,3) uint8, first (T,), at (T,G); for every manager goal1 (T,G), tick1 (T,), asked1 (T,H,W,3) uint8
+    "Most probable actions and goals, and what they were."
+    behavior, row, player, rows = agent.behavior, stream.reset(), Player(agent, explore=False), []
+    row['first'][:] = True                                                                             # an episode begins
+    for _ in range(steps):
+        act, seen, mind = player(row), torch.from_numpy(row['obs'][0].copy()), player.memory
+        told = {k: v[0] for k, v in mind.items() if k[:4] in ('goal', 'tick')}
+        rows.append(dict(obs=seen, first=torch.tensor(bool(row['first'][0])), at=behavior.goal_part(agent.world.dynamics.feat(player.state))[0], **told))
+        row = stream.step(act)
+    out = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+    for l in range(1, len(behavior.levels)): out |= {f'tick{l}': out[f'tick{l}'][:, 0], f'asked{l}': behavior.draw_goal(agent.world, out[f'goal{l}'])}
+    return out
+
+# %% ../../nbs/49_vta.director.ipynb #2393521a
+def goal_segments(
+    story: dict, # from `follow_goals`
+) -> list: # of dicts: start, stop (the step that ended it, or the last of the episode), before, after (resemblance to its goal), other (mean resemblance of the end to goals of other segments)
+    "What became of every goal of level 1."
+    starts = story['tick1'].nonzero().flatten().tolist()
+    ends = [u - int(story['first'][u]) for u in starts[1:]]                                            # not in the next episode
+    rows = [dict(start=t, stop=u) for t, u in zip(starts, ends) if u > t]
+    like = lambda t, u: float(max_cosine(story['goal1'][t], story['at'][u]))
+    for r in rows:
+        others = [like(o['start'], r['stop']) for o in rows if o is not r]
+        r |= dict(before=like(r['start'], r['start']), after=like(r['start'], r['stop']), other=float(np.mean(others)) if others else math.nan)
+    return rows
+
+# %% ../../nbs/49_vta.director.ipynb #6d6988ce
+def show_goals(
+    story: dict, # from `follow_goals`
+    n: int = 10, # segments, the first ones
+): # matplotlib Figure
+    "Every segment as a column: the state in which its goal was chosen, the goal (of higher managers too), and what was reached; with resemblances to the goal."
+    import matplotlib.pyplot as plt
+    shown, high = goal_segments(story)[:n], [k for k in story if k[:5] == 'asked'][::-1]
+    words = ['chosen here', *(f'goal of level {k[5:]}' if len(high) > 1 else 'goal' for k in high), 'reached']
+    fig, axes = plt.subplots(len(words), len(shown), figsize=(1.05*len(shown) + .6, 1.25*len(words)), dpi=72, squeeze=False, layout='constrained')
+    for r, column in zip(shown, axes.T):
+        pictures = [story['obs'][r['start']], *(story[k][r['start']] for k in high), story['obs'][r['stop']]]
+        for ax, picture in zip(column, pictures): ax.imshow(picture, interpolation='none')
+        for ax, text in ((column[0], f"step {r['start']}" + ('*' if story['first'][r['start']] else '')), (column[-1], f"step {r['stop']}: {r['before']:.2f} → {r['after']:.2f}")): ax.set_title(text, fontsize=7)
+    for ax in axes.flat: ax.set(xticks=[], yticks=[])
+    for ax, word in zip(axes[:, 0], words): ax.set_ylabel(word, fontsize=8)
+    return fig

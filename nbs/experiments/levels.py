@@ -29,9 +29,11 @@ ROOMS = { # name: (updates, behavior.director or None for the flat actor)
     'flat': (250, None),
     'every 4 steps': (250, dict(every=4)),
     'every 4 steps, absorb=False': (250, dict(every=4, absorb=False)),
-    'value clock': (600, dict(clock='value', every=6, threshold=.1)),
+    'value clock': (600, dict(clock='value', every=6)),
+    'value clock with a fixed bar': (600, dict(clock='value', every=6, threshold=.1)),
     'three levels, 3 and 9 steps': (600, dict(levels=3, every=3)),
-    'three levels, below=0.5': (250, dict(levels=3, every=3, below=.5)),
+    'three levels, all paid by the task': (250, dict(levels=3, every=3, below=.5)),
+    'three levels, all paid by the task, longer': (600, dict(levels=3, every=3, below=.5)),
 }
 LEARNED = ['dynamics.name=hierarchy', 'dynamics.hierarchy.clock=learned', 'dynamics.hierarchy.max_seg_len=8', 'dynamics.hierarchy.constrain=posterior', 'dynamics.hierarchy.boundary_rate=0.25',
            'dynamics.hierarchy.boundary_scale=1']
@@ -42,9 +44,11 @@ KEYS = { # name: (levels, when the upper ones tick, overrides)
     'manager on the learned clock, no limit': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics', 'behavior.director.every=1000']),
     'manager on the learned clock that reads value': (2, 'learned, value', ['experiment=tiny_director', *LEARNED, 'dynamics.hierarchy.value=true', 'behavior.director.clock=dynamics',
                                                                               'behavior.director.every=8']),
-    "manager where the critic's value changes": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.threshold=0.1']),
+    "manager where the critic's value changes most": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.rate=0.2']),
+    "manager where the critic's value changes by a fixed amount": (2, 'value, fixed bar', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.threshold=0.1']),
     'learned clock, no goals': (2, 'learned', ['experiment=tiny_keys', *LEARNED]),
     'two managers, 3 and 9 steps': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3']),
+    'two managers, 3 and 9 steps, all levels paid by the task': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3', 'behavior.director.below=0.5']),
 }
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'eval_length', 'reward0_goal', 'ticks1', 'goal_error', 'tick_1')
 
@@ -71,17 +75,19 @@ def rooms(name, seed, gamma=.95):
 # ---------------------------------------------------------------- keys
 
 def ticks(agent, episodes=50, seed=55_555):
-    "How often a clock ticks in the step that takes the key, and in other steps; steps at which an episode begins do not count."
-    stream, player, counts = Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), agent.cfg.size), seed), Player(agent, explore=False), np.zeros((2, 2))
-    row, had, over = stream.reset(), np.zeros(10, bool), 0
-    while over < episodes:
-        act = player(row)
-        tick = (player.memory['tick1'] if player.memory else player.state['boundary'])[:, 0].numpy() > .5
-        has = stream.info.get('taken', np.zeros(10, bool)).astype(bool) & ~row['first']
-        for fresh, t in zip((has & ~had)[~row['first']], tick[~row['first']]): counts[int(fresh)] += 1, t
-        had, row = has, stream.step(act)
-        over += row['last'].sum()
-    return dict(others=counts[0].tolist(), key=counts[1].tolist())                  # [steps, ticks]
+    "When the clocks of levels 1, 2, … tick: per episode a string of digits (highest level that ticks, step by step) and the step that takes the key, or -1."
+    stream, player = Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), agent.cfg.size), seed), Player(agent, explore=False)
+    row, now, out = stream.reset(), [['', -1] for _ in range(10)], [[] for _ in range(10)]
+    while min(map(len, out)) < episodes//10:
+        act, taken = player(row), stream.info.get('taken', np.zeros(10, bool)).astype(bool)
+        marks = [v[:, 0].numpy() > .5 for k, v in sorted(player.memory.items()) if k[:4] == 'tick'] if player.memory else [player.state['boundary'][:, 0].numpy() > .5]
+        for i in range(10):
+            if row['first'][i]: now[i] = ['', -1]
+            elif taken[i] and now[i][1] < 0: now[i][1] = len(now[i][0])
+            now[i][0] += str(sum(m[i] for m in marks))
+            if row['last'][i]: out[i].append(now[i])
+        row = stream.step(act)
+    return [x for lane in out for x in lane[:episodes//10]]                           # as many of each lane, so that short episodes are not preferred
 
 
 def auc(x, event):
@@ -110,8 +116,8 @@ def jumps(agent, pressed, episodes=100, seed=66_666):
     return dict(keys=int(key.sum()), steps=len(key), at_key=float(change[key].mean()), elsewhere=float(change[~key].mean()), auc_value=auc(change, key), auc_picture=auc(moved, key))
 
 
-def keys(name, seed, steps):
-    "Train an agent from pixels, online."
+def keys(name, seed, steps, keep=None):
+    "Train an agent from pixels, online; its checkpoint may be kept in a folder."
     folder = tempfile.mkdtemp(prefix='levels_')
     cfg = compose(AgentConfig, [*KEYS[name][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=16', 'video=false',
                                 'loop.tensorboard=false', 'loop.progress=false', 'loop.checkpoint_seconds=1000000'])
@@ -123,6 +129,7 @@ def keys(name, seed, steps):
     out = dict(updates=steps, env_steps=int(table['env_steps'].max()), cpu_seconds=run.stages()['train']['cpu_seconds'], parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
                success=float(np.mean(found['returns'])), length=float(np.mean(found['lengths'])), episodes=len(found['returns']), ticks=ticks(agent) if clocked else None,
                jumps={pressed: jumps(agent, pressed) for pressed in ('random', 'own')}, curve=curve)
+    if keep: shutil.copy(run.checkpoints/'agent.ckpt', Path(keep)/f"{name.replace(' ', '_')}-{seed}.ckpt")
     shutil.rmtree(folder)
     return out
 
@@ -133,6 +140,7 @@ def main():
     parser.add_argument('--only', nargs='+', help='names in ROOMS or KEYS')
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS)
     parser.add_argument('--steps', type=int, default=400, help='updates of the whole agent')
+    parser.add_argument('--keep', help='folder for the trained agents; default: none is kept')
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = read_json(OUT) if OUT.exists() else {}
@@ -141,12 +149,12 @@ def main():
         for seed in args.seeds:                                                     # seed by seed, so that a part of the runs compares all rows
             for name in (n for n in names if not args.only or n in args.only):
                 if str(seed) in data.get(part, {}).get(name, {}): continue
-                result = rooms(name, seed) if part == 'rooms' else keys(name, seed, args.steps)
+                result = rooms(name, seed) if part == 'rooms' else keys(name, seed, args.steps, args.keep)
                 data = read_json(OUT) if OUT.exists() else {}
                 data.setdefault(part, {}).setdefault(name, {})[str(seed)] = result
                 data['baselines'] = data.get('baselines') or baselines()
                 write_json(OUT, data)
-                print(part, name, seed, {k: v for k, v in result.items() if k != 'curve'}, flush=True)
+                print(part, name, seed, {k: v for k, v in result.items() if k not in ('curve', 'ticks')}, flush=True)
 
 
 def baselines(gamma=.95):
