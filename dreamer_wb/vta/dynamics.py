@@ -30,7 +30,7 @@ def key(
     if name.startswith(('boundary', 'seg_')): return name.replace('boundary', f'boundary{number}') if 'boundary' in name else name + number
     return f"abs{number}_{'belief' if name == 'deter' else name}"
 
-# %% ../../nbs/47_vta.dynamics.ipynb #148b96a2
+# %% ../../nbs/47_vta.dynamics.ipynb #019ed338
 def part(
     state: dict, # flat state
     level: int,  # 0 is the lowest
@@ -80,12 +80,12 @@ class HierarchicalDynamics(RSSM):
 
     def extra_repr(self): return f'{super().extra_repr()}, levels={self.n_levels}, clock={self.cfg.hierarchy.clock}'
 
-# %% ../../nbs/47_vta.dynamics.ipynb #80b76161
+# %% ../../nbs/47_vta.dynamics.ipynb #638e91b4
 @patch
 def schedule(self: HierarchicalDynamics) -> tuple: # scale of the push (nats), temperature, share of exploration; tensors or floats
     "Where the schedules stand."
     h = self.cfg.hierarchy
-    progress = lambda steps: (self.updates / steps).clamp(max=1) if steps else 0.
+    progress = lambda steps: (self.updates / steps).clamp(max=1) if steps and self.n_levels > 1 else 0.
     warm = progress(h.boundary_temp_steps)
     force, explore = (x * (1 - progress(n)) for x, n in ((h.boundary_force_scale, h.boundary_force_steps), (h.explore, h.explore_steps)))
     return force, h.boundary_temp + warm * (h.boundary_temp_end - h.boundary_temp), explore
@@ -434,7 +434,7 @@ def clock_loss(self: HierarchicalDynamics,
     share, wanted = (torch.stack([x, 1 - x]).clamp(1e-6, 1) for x in (p, rate))
     return free * (share * (share / wanted).log()).sum()
 
-# %% ../../nbs/47_vta.dynamics.ipynb #b61a9765
+# %% ../../nbs/47_vta.dynamics.ipynb #bb0db0cc
 @patch
 def losses(self: HierarchicalDynamics,
     trace: Trace, # from `observe`
@@ -442,7 +442,8 @@ def losses(self: HierarchicalDynamics,
     "All losses of the hierarchy, summed over levels."
     if self.training and self.n_levels > 1 and torch.is_grad_enabled(): self.updates += 1
     upper = range(1, self.n_levels)
-    kls = [self.level_kl(trace, l) for l in range(self.n_levels)] + [self.tick_kl(trace, l) for l in upper]
+    cheap = lambda l: {k: v * self.cfg.hierarchy.upper_kl**l for k, v in self.level_kl(trace, l).items()}
+    kls = [cheap(l) for l in range(self.n_levels)] + [self.tick_kl(trace, l) for l in upper]
     return {k: sum(kl[k] for kl in kls) for k in ('dyn', 'rep')} | {k: sum(self.clock_loss(k, trace, l) for l in upper) for k in self.scales if k != 'value'}
 
 # %% ../../nbs/47_vta.dynamics.ipynb #672641f8
