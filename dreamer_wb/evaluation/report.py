@@ -496,10 +496,34 @@ def _agent(
     if len(earned): report.facts({'mean return of the last evaluation': f'{earned.iloc[-1]:.4g}', 'environment steps': f'{int(table["env_steps"].max()):,}'})
     report.figure(plot_losses(run.metrics), 'Losses and returns during training. The films of its episodes are in the folder videos.', 'losses')
 
-# %% ../../nbs/70_evaluation.report.ipynb #7f35902d
+# %% ../../nbs/70_evaluation.report.ipynb #500a8ca1
+def _goals(
+    report:Report, # the page
+    run:Run, # of an agent
+):
+    "Section: what managers ask for, and what becomes of it; nothing for an agent without managers."
+    if (run.config.get('behavior') or {}).get('name') != 'director' or not (run.checkpoints/'agent.ckpt').exists(): return
+    import torch
+    from dreamer_wb.dreamer.agent import load_agent
+    from dreamer_wb.dreamer.envs import EnvConfig, Stream, make_envs
+    from dreamer_wb.vta.director import follow_goals, goal_segments, show_goals
+    report.heading('Goals of the managers')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        agent = load_agent(run.checkpoints/'agent.ckpt')
+        try: story = follow_goals(agent, Stream(make_envs(EnvConfig(**{**vars(agent.cfg.env), 'n': 1}), agent.cfg.size), 77_777))
+        except UserError as e: return report.text(f'Not shown: {e}', note=True)
+    if not goal_segments(story): return report.text('No goal was given up within 200 steps.', note=True)
+    rows, mean = goal_segments(story), lambda k: sum(r[k] for r in rows)/len(rows)
+    report.facts({'goals in 200 steps': len(rows), 'steps that one is kept': f"{sum(r['stop'] - r['start'] for r in rows)/len(rows):.1f}",
+                  'resemblance to the goal, chosen → given up': f"{mean('before'):.2f} → {mean('after'):.2f}", 'of the end to goals of other segments': f"{mean('other'):.2f}"})
+    report.figure(show_goals(story), 'Above: where the first goals were chosen (a star: an episode begins). Middle: the goals, drawn by the decoder. Below: what was reached; 1 is the goal itself. '
+                  'A worker that does what it is told ends nearer to its own goal than to those of other segments.', 'goals')
+
+# %% ../../nbs/70_evaluation.report.ipynb #113ed9ed
 _PAGES = { # a key that only the config of this kind of run has: title and sections of its page
     'seg_num': ('Where do segments begin?', (_segments,)),
-    'behavior': ('What has the agent learned?', (_agent,)),
+    'behavior': ('What has the agent learned?', (_agent, _goals)),
     'cams': ('What does the network look at?', (_pictures, _evaluation)),
     '': ('What does the latent know?', (_pictures, _world_model, _doctor, _classifiers, _concepts, _evaluation)),
 }

@@ -578,7 +578,7 @@ def goal_segments(
         r |= dict(before=like(r['start'], r['start']), after=like(r['start'], r['stop']), other=float(np.mean(others)) if others else math.nan)
     return rows
 
-# %% ../../nbs/49_vta.director.ipynb #6d6988ce
+# %% ../../nbs/49_vta.director.ipynb #bb53c978
 def show_goals(
     story: dict, # from `follow_goals`
     n: int = 10, # segments, the first ones
@@ -590,7 +590,7 @@ def show_goals(
     fig, axes = plt.subplots(len(words), len(shown), figsize=(1.05*len(shown) + .6, 1.25*len(words)), dpi=72, squeeze=False, layout='constrained')
     for r, column in zip(shown, axes.T):
         pictures = [story['obs'][r['start']], *(story[k][r['start']] for k in high), story['obs'][r['stop']]]
-        for ax, picture in zip(column, pictures): ax.imshow(picture, interpolation='none')
+        for ax, picture in zip(column, pictures): ax.imshow(picture.numpy(), interpolation='none')
         for ax, text in ((column[0], f"step {r['start']}" + ('*' if story['first'][r['start']] else '')), (column[-1], f"step {r['stop']}: {r['before']:.2f} → {r['after']:.2f}")): ax.set_title(text, fontsize=7)
     for ax in axes.flat: ax.set(xticks=[], yticks=[])
     for ax, word in zip(axes[:, 0], words): ax.set_ylabel(word, fontsize=8)

@@ -4,7 +4,8 @@
     python nbs/experiments/levels.py --part rooms                 # a known world: managers and worker alone
     python nbs/experiments/levels.py --part keys --only flat --seeds 10
 
-`rooms`: two rooms whose optimum is known, features given, nothing but the behavior is learnt. `keys`: the whole agent on Keys from pixels, online; preset and overrides stand in KEYS. Each run
+`rooms`: two rooms whose optimum is known, features given, nothing but the behavior is learnt. `clock`: would a clock on the critic of a
+flat agent tick where it should? `keys`: the whole agent on Keys from pixels, online; preset and overrides stand in KEYS. Each run
 ends with 100 episodes on environments that it has never seen, with the most probable actions, and says when managers chose new goals. What is in the result file is not repeated.
 """
 import argparse
@@ -20,6 +21,7 @@ from dreamer_wb.core.config import compose, from_dict
 from dreamer_wb.core.runs import read_json, read_metrics, write_json
 from dreamer_wb.dreamer.agent import AgentConfig, Player, load_agent, train_agent
 from dreamer_wb.dreamer.behavior import ActorCritic, BehaviorConfig
+from dreamer_wb.dreamer.distributions import TwoHot
 from dreamer_wb.dreamer.envs import EnvConfig, Stream, evaluate, make_envs, random_policy
 from dreamer_wb.vta.director import Director, TwoRooms, keys_optimum
 
@@ -116,6 +118,55 @@ def jumps(agent, pressed, episodes=100, seed=66_666):
     return dict(keys=int(key.sum()), steps=len(key), at_key=float(change[key].mean()), elsewhere=float(change[~key].mean()), auc_value=auc(change, key), auc_picture=auc(moved, key))
 
 
+def changes(agent, pressed, episodes=200, seed=88_888):
+    "Per episode: [change of value, change of the picture] of every step but its first and last, and the step that takes the key, or -1. The critic is the slow copy, which a Director asks too."
+    stream, player = Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), agent.cfg.size), seed), Player(agent, explore=False)
+    critic, anything, row, out, now, last = agent.behavior.critics['task'], random_policy(stream), stream.reset(), [[] for _ in range(10)], [None]*10, None
+    while min(map(len, out)) < episodes//10:
+        act = player(row)
+        with torch.no_grad(): value = TwoHot(critic.slow(agent.world.dynamics.feat(player.state)), critic.bins).mode.numpy()
+        seen, taken = row['obs'].astype(float), stream.info.get('taken', np.zeros(10, bool)).astype(bool)
+        for i in range(10):
+            if row['first'][i] or now[i] is None: now[i] = [[], -1]
+            elif not row['last'][i]:
+                if taken[i] and now[i][1] < 0: now[i][1] = len(now[i][0])
+                now[i][0].append([abs(value[i] - last[0][i]), np.abs(seen[i] - last[1][i]).mean()])
+            if row['last'][i]: out[i].append((np.array(now[i][0]).reshape(-1, 2), now[i][1])); now[i] = None
+        last, row = (value, seen), stream.step(anything(row) if pressed == 'random' else act)
+    return [x for lane in out for x in lane[:episodes//10]]
+
+
+def clocked(found, column, rate=.2, recent=500, fixed=None, draws=10_000):
+    "Ticks where a change exceeds all but a share `rate` of the `recent` ones before it (or a fixed amount): shares at the key and elsewhere, and how often a step drawn from each of these episodes would do as well."
+    past, at, rest, chance = [], [], [], []
+    for x, key in found:
+        tick = np.zeros(len(x), bool)
+        for t, c in enumerate(x[:, column]):
+            bar = fixed if fixed is not None else np.quantile(past[-recent:], 1 - rate, method='inverted_cdf') if len(past) >= recent else np.inf
+            tick[t] = c > bar
+            past.append(c)
+        if len(past) - len(x) < recent: continue                                    # the bar is not known yet
+        if key >= 0: at.append(tick[key]); chance.append(tick)
+        rest += np.delete(tick, key).tolist() if key >= 0 else tick.tolist()
+    if not at: return dict(keys=0)
+    rng = np.random.default_rng(0)
+    drawn = np.sum([rng.choice(t, draws) for t in chance], 0)
+    return dict(keys=len(at), steps=len(rest), at_key=float(np.mean(at)), elsewhere=float(np.mean(rest)), p=float((1 + (drawn >= sum(at)).sum())/(1 + draws)))
+
+
+def noticed(seed, steps):
+    "Would a clock on the critic of a trained flat agent tick where the key is taken?"
+    folder = tempfile.mkdtemp(prefix='levels_')
+    cfg = compose(AgentConfig, [*KEYS['flat'][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'eval_episodes=0', 'video=false', 'loop.tensorboard=false', 'loop.progress=false'])
+    run = train_agent(cfg)
+    agent, out = load_agent(run.checkpoints/'agent.ckpt'), {}
+    for pressed in ('random', 'own'):
+        found = changes(agent, pressed)
+        out[pressed] = {'value, usual changes': clocked(found, 0), 'value, changes of .1': clocked(found, 0, fixed=.1), 'picture, usual changes': clocked(found, 1)}
+    shutil.rmtree(folder)
+    return out
+
+
 def keys(name, seed, steps, keep=None):
     "Train an agent from pixels, online; its checkpoint may be kept in a folder."
     folder = tempfile.mkdtemp(prefix='levels_')
@@ -136,7 +187,7 @@ def keys(name, seed, steps, keep=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--part', choices=('rooms', 'keys'), nargs='+', default=['rooms', 'keys'])
+    parser.add_argument('--part', choices=('rooms', 'clock', 'keys'), nargs='+', default=['rooms', 'clock', 'keys'])
     parser.add_argument('--only', nargs='+', help='names in ROOMS or KEYS')
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS)
     parser.add_argument('--steps', type=int, default=400, help='updates of the whole agent')
@@ -144,12 +195,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = read_json(OUT) if OUT.exists() else {}
-    for part, names in (('rooms', ROOMS), ('keys', KEYS)):
+    for part, names in (('rooms', ROOMS), ('clock', ['flat']), ('keys', KEYS)):
         if part not in args.part: continue
         for seed in args.seeds:                                                     # seed by seed, so that a part of the runs compares all rows
             for name in (n for n in names if not args.only or n in args.only):
                 if str(seed) in data.get(part, {}).get(name, {}): continue
-                result = rooms(name, seed) if part == 'rooms' else keys(name, seed, args.steps, args.keep)
+                result = rooms(name, seed) if part == 'rooms' else noticed(seed, args.steps) if part == 'clock' else keys(name, seed, args.steps, args.keep)
                 data = read_json(OUT) if OUT.exists() else {}
                 data.setdefault(part, {}).setdefault(name, {})[str(seed)] = result
                 data['baselines'] = data.get('baselines') or baselines()
