@@ -78,12 +78,13 @@ def move_background(
     place = torch.lerp(a, b, alpha.to(a)[..., None, None, None].expand(*alpha.shape, *a.shape[-3:]))
     return (m * bird + (1 - m) * place).round().to(torch.uint8)
 
-# %% ../../nbs/61_concepts.shifter.ipynb #214dba18
+# %% ../../nbs/61_concepts.shifter.ipynb #4e6fd0e8
 MEANINGS = ('do', 'shift')
 
 class Edit:
     "A concept; `alpha*edit` is the edit of that strength."
     alpha, __array_ufunc__ = 1., None                  # numpy: leave the multiplication to us
+    drawn = False                                      # whether the seed matters
 
     def __mul__(self, alpha):
         new = copy.copy(self)
@@ -121,9 +122,10 @@ class Donors:
         pick = [rng.integers(len(self.places[k]), size=len(place)) for k in (0, 1)]
         return torch.stack([self.places[k][pick[k][i]] for i, k in enumerate(place)])
 
-# %% ../../nbs/61_concepts.shifter.ipynb #5fcd6e99
+# %% ../../nbs/61_concepts.shifter.ipynb #4226ec32
 class BackgroundEdit(Edit):
     "The exact edit: another place behind the bird. Needs masks."
+    drawn = True
     def __init__(self,
         donors: Donors,       # where places come from
         meaning: str = 'do',  # what alpha means: 'do' or 'shift'
@@ -258,7 +260,7 @@ def agreement_mask(
         return binary_fill_holes(parts == 1 + np.bincount(parts.ravel())[1:].argmax()) if n else m
     return torch.from_numpy(np.stack([largest(m) for m in (gap < threshold).cpu().numpy()]))
 
-# %% ../../nbs/61_concepts.shifter.ipynb #de16bc61
+# %% ../../nbs/61_concepts.shifter.ipynb #ec19e0ce
 def mask_iou(a, b): # (N, H, W) bool each -> mean intersection over union
     "How well masks agree."
     return ((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)).mean().item()
@@ -281,10 +283,10 @@ class CutEdit(BackgroundEdit):
         edge: int = 1,     # width of the soft edge in pixels
     ):
         super().__init__(donors, 'do', edge)
-        self.imagine, self.threshold = imagine, threshold
+        self.imagine, self.threshold, self.trust = imagine, threshold, False             # trust: take masks that are given for found
 
     def find(self, obs): return agreement_mask(disagreement(self.imagine, obs), self.threshold)  # (N, H, W) bool
-    def apply(self, obs, mask=None, place=None, seed=0): return super().apply(obs, self.find(obs), place, seed)
+    def apply(self, obs, mask=None, place=None, seed=0): return super().apply(obs, mask if self.trust else self.find(obs), place, seed)
 
 # %% ../../nbs/61_concepts.shifter.ipynb #f10061c5
 def strip_film(

@@ -35,7 +35,7 @@ def study(run, args, models, recipes, parts=(), more=(), name=''):
     "The study of one run of stage A, with its seed."
     seed = Run.open(run).config['seed']
     cfg = compose(ConceptsConfig, [f'run="{run}"', f'out="{args.cache}/s{seed}{name}"', f'seed={seed}', 'progress=false', 'train.loop.progress=false', f'looks_per_group={args.looks}',
-                                   f'cnn_steps={args.cnn_steps}', *more], group=None)
+                                   f'cnn_steps={args.cnn_steps}', f'head_steps={args.head_steps}', f'draws={args.draws}', f'judge_images={args.judge_images}', *more], group=None)
     s = Study(dataclasses.replace(cfg, models=list(models), recipes=list(recipes), edits=list(args.edits)))
     judges, shared = s.folder/'judges.pt', Path(args.cache)/'judges.pt'
     if shared.exists() and not judges.exists():
@@ -64,10 +64,14 @@ def main():
     p.add_argument('--parts', nargs='+', default=['edits', 'heads', 'images', 'looks'], choices=['edits', 'heads', 'images', 'looks'], help='what to do (%(default)s)')
     p.add_argument('--edits', nargs='+', default=list(EDITS), choices=list(EDITS), metavar='NAME', help='kinds of edits (all)')
     p.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES), metavar='NAME', help='ways of retraining (all)')
+    p.add_argument('--heads', nargs='+', default=['linear', 'mlp'], choices=['linear', 'mlp'], help='heads on latents (both)')
     p.add_argument('--controls', action='store_true', help='measure the autoencoder, too')
     p.add_argument('--variant', nargs=2, metavar=('NAME', 'OVERRIDES'), help="measure a world model trained otherwise, e.g. fewer_masks 'train.masks=.4'")
     p.add_argument('--looks', type=int, default=15, help='test images of each group for TCAV, Grad-CAM and corruptions (%(default)d)')
     p.add_argument('--cnn-steps', type=int, default=300, help='updates of the small CNN (%(default)d)')
+    p.add_argument('--head-steps', type=int, default=600, help='updates of a head (%(default)d)')
+    p.add_argument('--draws', type=int, default=1, help='edits of each training image for each place (%(default)d)')
+    p.add_argument('--judge-images', type=int, default=3000, help='images that the judges are trained on (%(default)d)')
     p.add_argument('--cache', default='runs/concepts', help='folder of the studies (%(default)s)')
     p.add_argument('--out', type=Path, default=OUT, help='result file (%(default)s)')
     args = p.parse_args()
@@ -87,7 +91,7 @@ def main():
             done['variants'].append(plain(dict(variant=name, settings=more, seed=seed, **edit_report(WorldEdit(s.world), *(h := s.held_out())[:1], s.judges, s.world, h[1], seed=seed))))
             write_json(args.out, done)
             continue
-        s = study(run, args, ['linear', 'mlp'], [r for r in HEADS if r in args.recipes])
+        s = study(run, args, args.heads, [r for r in HEADS if r in args.recipes])
         timed('world model', lambda: s.world)
         if 'edits' in args.parts: timed('edits', s.measure_edits)
         if args.controls and not any(r['edit'] == 'autoencoder' for r in s.done['edits']):
