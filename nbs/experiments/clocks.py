@@ -5,7 +5,9 @@
     python nbs/experiments/clocks.py --list
 
 One run at a time, each a world model of 16-pixel images trained for a fixed number of updates; results/clocks.json is written after each.
-Settings were found on seeds 0 and 1, those of `planted` also on 10 and 11; see the article for which seeds were run.
+Settings were found on seeds 0 and 1, those of `planted` also on 10 and 11; see the article for which seeds were run. The weights of LOVE's and THICK's clocks:
+
+    python nbs/experiments/clocks.py --seeds 0 --only colors/length_0.1 colors/length_0.5 colors/length_2 colors/gate_0.1 colors/gate_1 colors/gate_3
 """
 import argparse
 import time
@@ -35,8 +37,10 @@ def colors(n, seed):
 
 
 def ball(n, seed):
-    "One big ball that changes its colour at the walls."
-    return big_ball(n, T, seed, size=SIZE, radius=4., speed=1., noise=.025)
+    "One big ball that changes its colour at the walls, before a grey wall, which the networks read as 0."
+    data = big_ball(n, T, seed, size=SIZE, radius=4., speed=1., noise=.025)
+    data['obs'][(data['obs'] == 0).all(-1)] = 128
+    return data
 
 
 def planted(n, seed, T=T):
@@ -61,16 +65,21 @@ BASE = ['size=16', 'encoder.depth=8', 'decoder.depth=8', 'encoder.mults=[1,2]', 
 def h(**settings): return [f'dynamics.hierarchy.{k}={v}' for k, v in settings.items()]
 
 
-COMMON = [*h(max_seg_len=0, max_duration=16, boundary_rate=.2), 'scales.rep=.5', 'scales.dyn=.5']
-LEARNED = [*COMMON, *h(boundary_gradient='leave_one_out', change='true')]
+COMMON = [*h(max_seg_len=0, max_duration=16, boundary_rate=.2, upper_kl=.1), 'scales.rep=.5', 'scales.dyn=.5', 'loop.lr=4e-3', 'loop.clip=1']
+LEARNED = [*COMMON, *h(boundary_gradient='leave_one_out', change='true', boundary_scale=10, explore=1)]
+CODES, SPARSITIES = (.1, .5, 2), (.1, 1, 3)                                              # what was searched
+
+
+def length(code): return [*LEARNED, *h(clock='length', code=code, boundary_scale=0), 'dynamics.latent=categorical', 'dynamics.stoch=4', 'dynamics.classes=8']
+def gate(sparsity): return [*COMMON, *h(clock='gate', on_tick='keep', sparsity=sparsity)]
+
+
 METHODS = {
     'learned': LEARNED,                                                                   # VTA-Dreamer, as it is meant to be used
-    'explored': [*LEARNED, *h(explore=.5, explore_steps=100)],                           # READ is tried out at first, whatever the clock thinks of it
-    'apart': [*LEARNED, *h(min_seg_len=2)],                                             # no two READs in a row; added after the others had been seen
-    'no_change': [*LEARNED, *h(change='false')],
+    'equal_price': [*LEARNED, *h(upper_kl=1)],                                            # the same, a nat costs the same on both levels
     'straight_through': [*COMMON, *h(boundary_gradient='straight_through', max_seg_len=10)],     # VTA-Dreamer, the way of the seed
-    'length': [*LEARNED, *h(clock='length'), 'dynamics.latent=categorical', 'dynamics.stoch=4', 'dynamics.classes=8'],   # LOVE
-    'gate': [*COMMON, *h(clock='gate', on_tick='keep', sparsity=10)],                    # THICK
+    'length': length(.1),                                                                 # LOVE
+    'gate': gate(1),                                                                      # THICK
     'fixed': [*COMMON, *h(clock='fixed', every=3, on_tick='keep')],                      # CW-VAE
     'oracle': [*COMMON, *h(clock='event', event_key='read')],
     'rssm': [*COMMON, *h(levels=1)],
@@ -79,9 +88,11 @@ METHODS = {
     'informed': [*LEARNED, *h(event_key='value', event_change='true', signal_scale=100)],     # value-informed: the clock reads the change of a value estimate
     'value_event': [*COMMON, *h(clock='event', event_key='value', event_change='true', event_threshold=.35)],       # ticks where the estimate changes by more than .35
 }
-STEPS = dict(colors=200, ball=500, planted=240)
-RUNS = [*(f'colors/{m}' for m in ('learned', 'explored', 'apart', 'straight_through', 'length', 'gate', 'fixed', 'rssm', 'oracle', 'no_change', 'learned_3', 'fixed_3')),
-        *(f'planted/{m}' for m in ('learned', 'informed', 'value_event')), *(f'ball/{m}' for m in ('learned', 'straight_through', 'fixed', 'oracle'))]
+SEARCH = {f'length_{c}': length(c) for c in CODES} | {f'gate_{s}': gate(s) for s in SPARSITIES}
+STEPS = dict(colors=80, ball=180, planted=240)
+PLAIN = ('learned', 'length', 'gate', 'straight_through', 'fixed', 'rssm', 'learned_3', 'fixed_3', 'oracle', 'equal_price')
+RUNS = [*(f'{d}/{m}' for d in ('ball', 'colors') for m in PLAIN), *(f'planted/{m}' for m in ('learned', 'informed', 'value_event'))]
+SEARCHED = [f'{d}/{m}' for d in ('colors', 'ball') for m in SEARCH]
 
 
 def small(obs):
@@ -122,6 +133,19 @@ def first_frames(read):
     return np.arange(read.shape[1])[None].repeat(len(read), 0) == 0
 
 
+def bound(world, batch):
+    "Squared error and KLs of all levels and clocks, all with weight 1, nats per frame; one sample of all that is drawn, the same for every model of a kind."
+    dyn, image, was = world.dynamics, read_images(batch['obs']), world.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        key = getattr(dyn, 'event_key', '')
+        trace = dyn.eval().observe(world.encoder.embed(image), batch['act'], batch['first'], sample=True, **({'event': batch[key]} if key else {}))
+        error = world.decoder.image_loss(world.decoder.net_out(dyn.feat(trace.post)), image)
+        kls = [dyn.level_kl(trace, l)['dyn'] for l in range(dyn.n_levels)] + [dyn.tick_kl(trace, l)['dyn'] for l in range(1, dyn.n_levels)]
+    world.train(was)
+    return dict(bound=float((error + sum(kls)).mean()), image=float(error.mean()), kls=[float(k.mean()) for k in kls])
+
+
 def scores(world, batch):
     "Boundaries of every level against the truth, and open-loop error."
     true, levels = batch['read'].bool().numpy(), range(1, world.dynamics.n_levels)
@@ -142,13 +166,13 @@ def scores(world, batch):
         dream = open_loop(world, batch, CONTEXT)
         error = (dream - read_images(batch['obs'])).square().mean((0, 2, 3, 4))
     world.train(was)
-    return out | dict(reconstruction=float(error[:CONTEXT].mean()), open_loop=float(error[CONTEXT:].mean()), open_loop_by_step=error[CONTEXT:].tolist())
+    return out | bound(world, batch) | dict(reconstruction=float(error[:CONTEXT].mean()), open_loop=float(error[CONTEXT:].mean()), open_loop_by_step=error[CONTEXT:].tolist())
 
 
 def config(name, method, seed, steps):
     "The config of a run."
-    same_rate = h(boundary_rate=.24, boundary_scale=10, min_seg_len=2, explore=.5, explore_steps=240) if name == 'planted' else []      # for all: colours and rewards together
-    return compose(TrainConfig, [*BASE, *METHODS[method], *same_rate, f'seed={seed}', f'loop.steps={steps}'])
+    planted = [*h(boundary_rate=.24, boundary_scale=10, min_seg_len=2, explore=.5, upper_kl=1), 'loop.lr=3e-3', 'loop.clip=100']      # for all: the rate of colours and rewards together
+    return compose(TrainConfig, [*BASE, *(METHODS | SEARCH)[method], *(planted if name == 'planted' else []), *h(explore_steps=steps), f'seed={seed}', f'loop.steps={steps}'])
 
 
 def train(name, method, seed, steps=None, evals=4):
@@ -171,7 +195,29 @@ def train(name, method, seed, steps=None, evals=4):
     fit(world, batches, cfg.loop, cbs=[Watch()])
     out = dict(curve=curve, examples=examples(world, held), parameters=sum(p.numel() for p in world.parameters()))
     if 'rew' in held: out['events'] = against_rewards(world, held)
+    elif method in ('learned', 'equal_price'): out['saved'] = saved(world, {k: v[:64] for k, v in held.items()})
     return out
+
+
+def saved(world, batch):
+    "What a READ of level 1 saves at each frame, in nats and with the weights of the training: everything twice, READ and COPY there, all other noise being the same."
+    dyn, T, parts = world.dynamics, batch['first'].shape[1], {}
+    clock, image = dyn.clocks[0], read_images(batch['obs'])
+    def cost(t, read):
+        calls, draw = iter(range(T)), type(clock).draw
+        clock.draw = lambda *args: torch.full_like(draw(clock, *args), read) if next(calls) == t else draw(clock, *args)
+        torch.manual_seed(t)
+        trace = dyn.observe(world.encoder.embed(image), batch['act'], batch['first'], sample=True)
+        del clock.draw
+        kl = lambda l: dyn.level_kl(trace, l)['dyn']*dyn.cfg.hierarchy.upper_kl**l
+        return dict(image=world.decoder.image_loss(world.decoder.net_out(dyn.feat(trace.post)), image), below=kl(0), above=kl(1), clock=dyn.tick_kl(trace, 1)['dyn'])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for t in range(1, T):
+            read, copy = cost(t, 1.), cost(t, 0.)
+            for k in read: parts.setdefault(k, []).append((copy[k] - read[k]).sum(1))
+    true, parts = batch['read'][:, 1:].bool(), {k: torch.stack(v, 1) for k, v in parts.items()}        # (n,T-1)
+    parts['total'] = sum(parts.values())
+    return {name: {k: dict(mean=float(v[at].mean()), median=float(v[at].median()), share=float((v[at] > 0).float().mean())) for k, v in parts.items()} for name, at in (('true', true), ('elsewhere', ~true))}
 
 
 def examples(world, batch, n=8):
@@ -192,11 +238,11 @@ def against_rewards(world, batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='*', default=RUNS, choices=RUNS, metavar='DATA/METHOD', help='which runs')
-    parser.add_argument('--seeds', nargs='*', type=int, default=[10, 11, 12, 13])
+    parser.add_argument('--only', nargs='*', default=RUNS, choices=[*RUNS, *SEARCHED], metavar='DATA/METHOD', help='which runs')
+    parser.add_argument('--seeds', nargs='*', type=int, default=[20, 21, 22])
     parser.add_argument('--list', action='store_true', help='print the names of the runs and stop')
     args = parser.parse_args()
-    if args.list: return print('\n'.join(RUNS))
+    if args.list: return print('\n'.join([*RUNS, *SEARCHED]))
     torch.set_num_threads(1)
     for seed in args.seeds:
         for run in args.only:
