@@ -143,6 +143,15 @@ def loop(folder, preset):
     print(f'  {"together":28}{whole:9.2f} ms        (measured as one: {each:.2f})')
 
 
+def dynamics(preset):
+    "An update with other dynamics, as a multiple of that with an RSSM."
+    kinds = {'rssm': [], '2 levels, fixed clock': ['clock=fixed'], '3 levels, fixed clock': ['clock=fixed', 'levels=3'], '2 levels, learned clock': ['clock=learned']}
+    with tempfile.TemporaryDirectory() as d:
+        its = {k: Loop(f'{d}/{i}', f'experiment={preset}', *(['dynamics.name=hierarchy'] if v else []), *(f'dynamics.hierarchy.{x}' for x in v)) for i, (k, v) in enumerate(kinds.items())}
+        rows = [{k: cpu_ms(it.update, 1) for k, it in its.items()} for _ in range(5)]                      # in turns
+    for k in kinds: print(f'  {k:28}{statistics.median(r[k] for r in rows):9.2f} ms  {statistics.median(r[k]/r["rssm"] for r in rows):6.2f}x')
+
+
 def growth(preset, key, values, call, unit):
     "How a call grows."
     first = None
@@ -224,7 +233,7 @@ def counts():
     for name, (kernels, waits) in rows.items(): print(f'  {name:42}{kernels:>10,}{waits:>8,}')
 
 
-PARTS = ['loop', 'envs', 'batch', 'single', 'counts', 'reference']
+PARTS = ['loop', 'dynamics', 'envs', 'batch', 'single', 'counts', 'reference']
 
 
 def main():
@@ -239,6 +248,9 @@ def main():
     print(f'torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n')
     if 'loop' in args.only:
         with tempfile.TemporaryDirectory() as folder: loop(folder, args.preset)
+    if 'dynamics' in args.only:
+        print('\none update, by dynamics:')
+        dynamics(args.preset)
     if 'envs' in args.only:
         print('\none row of collecting (acting in and stepping all environments):')
         growth(args.preset, 'env.n', (1, 4, 16, 64), 'tick', 'environments')

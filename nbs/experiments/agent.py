@@ -28,7 +28,7 @@ OUT = Path(__file__).resolve().parent/'results'/'agent.json'
 STRIPS = OUT.with_name('agent_strips.npz')
 RUNS = { # name: (overrides, seeds, updates, episodes of the last evaluation)
     'reach': (['experiment=tiny_pixels'], (10, 11, 12), 1600, 100),
-    'reach, hierarchy': (['experiment=tiny_pixels', 'dynamics.name=hierarchy', 'dynamics.hierarchy.clock=fixed'], (10,), 1600, 100),
+    'reach, hierarchy': (['experiment=tiny_pixels', 'dynamics.name=hierarchy', 'dynamics.hierarchy.clock=fixed'], (10, 11, 12), 1600, 100),
     'pendulum': (['experiment=pendulum', 'loop.eval_every=100'], (10, 11, 12, 13), 1100, 20),
 }
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'image', 'reward', 'return_task', 'entropy', 'psnr')

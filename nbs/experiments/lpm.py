@@ -10,18 +10,24 @@ Settings were chosen on seeds 0, 1 and 2; the seeds here (noise from 10, rooms a
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dreamer_wb.core.config import compose
 from dreamer_wb.core.runs import read_json, read_metrics, write_json
-from dreamer_wb.lpm.noisy_tv import load_pictures
+from dreamer_wb.data.episodes import read_episode
+from dreamer_wb.dreamer.envs import EnvConfig, Stream, evaluate, make_envs, random_policy, scripted_policy
+from dreamer_wb.lpm.noisy_tv import load_pictures, noisy_tv
 from dreamer_wb.lpm.train import LPMConfig, train_lpm
 from dreamer_wb.lpm.worlds import METHODS, NOISE, PENDULUM, run_noise, run_pendulum, run_rooms
 
 OUT = Path(__file__).resolve().parent/'results'/'lpm.json'
-PIXELS = {'task only': 'none', 'prediction error': 'prediction_error', 'LPM, two heads': 'lpm'} # name: curiosity.kind
+PIXELS = { # name: (curiosity.kind, further keys)
+    'task only': ('none',), 'prediction error': ('prediction_error',), 'LPM, two heads': ('lpm',),
+    'prediction error, log': ('log_error', 'curiosity.memory=1024')}                    # in the units of LPM, and with a memory as long as its queue
 SMALL = ['size=32', 'env.n=4', 'env.repeat=2', 'encoder.mults=[1,2,4]', 'encoder.norm=batch', 'decoder.mults=[1,2,4]', 'decoder.output=linear', 'dynamics.latent=gaussian', 'dynamics.stoch=16',
          'dynamics.blocks=4', 'behavior.layers=2', 'behavior.discount=.97', 'behavior.entropy=1e-3', 'batch_size=16', 'batch_length=16', 'prefill=2000', 'train_ratio=64', 'steps=6400', 'loop.clip=1',
          'loop.warmup=50', 'loop.amp=off', 'loop.tensorboard=false', 'loop.eval_every=0', 'curiosity.queue=1024', 'curiosity.warmup=40', 'curiosity.lag=10', 'noisy_tv=true'] # as experiment=pendulum; 1,100 updates
@@ -32,11 +38,35 @@ SEEDS = dict(noise=range(10, 16), rooms=range(20, 25), pendulum=range(20, 25), p
 
 def run_pixels(world, name, seed, args):
     "`dreamer-wb lpm` on the pendulum from pixels; interrupted, it goes on where it was."
-    cfg = compose(LPMConfig, [*SMALL, f'curiosity.kind={PIXELS[name]}', f'tv.pictures={args.pictures}', f'seed={seed}', f'runs_dir={args.runs}', f'tv.area={AREA[world]}', f"name='{world} {name} {seed}'"])
+    kind, *more = PIXELS[name]
+    cfg = compose(LPMConfig, [*SMALL, f'curiosity.kind={kind}', *more, f'tv.pictures={args.pictures}', f'seed={seed}', f'runs_dir={args.runs}', f'tv.area={AREA[world]}', f"name='{world} {name} {seed}'"])
     run = train_lpm(cfg)
     found, table = read_json(run.path/'lpm.json'), read_metrics(run)
     return {'TV share': found['tv_share'], 'TV last': found['tv_share_last'], 'return': float(table['eval_return'].dropna().iloc[-1]), 'steps': cfg.steps,
-            'cpu': run.stages()['train']['cpu_seconds']}
+            'cpu': run.stages()['train']['cpu_seconds'], **rounds(run)}
+
+
+def rounds(run):
+    "Share of time in front of the set and mean return of the episodes of the training, round by round: all environments begin and end at once."
+    found = {}
+    for p in sorted((run.path/'replay').glob('*.npz'), key=lambda p: p.stem.split('-')[::-1]):
+        x = read_episode(p)
+        found.setdefault(p.stem.split('-')[1], []).append(((x['act'][1:, -1] > .5).mean(), x['rew'].sum(), len(x['rew'])))
+    found = np.array([np.mean(x, 0) for x in found.values()])
+    found = found[found[:, 2] == found[0, 2]]                                           # the last round may have been cut off
+    return {'TV curve': found[:, 0].round(3).tolist(), 'return curve': found[:, 1].round(1).tolist()}
+
+
+def players(world, pictures, episodes=100):
+    "What random actions and a controller that sees the state earn in this world."
+    tv, out = partial(noisy_tv, pictures=pictures, area=AREA[world]), {}
+    for name in ('random', 'scripted'):
+        stream = Stream(make_envs(EnvConfig('Pendulum-v1', 10, repeat=2), 32, tv), 77_777)
+        inner = (random_policy if name == 'random' else scripted_policy)(stream)
+        policy = inner if name == 'random' else lambda row: np.concatenate([inner(row), -np.ones((stream.n, 1), np.float32)], 1)
+        returns = evaluate(stream, policy, episodes)['returns']
+        out[name] = dict(mean=float(np.mean(returns)), se=float(np.std(returns, ddof=1)/episodes**.5), n=episodes)
+    return out
 
 
 def run(world, name, pictures, seed, args):
@@ -63,6 +93,7 @@ def main(argv=None):
     pictures, results = load_pictures(args.pictures), read_json(args.out) if args.out.exists() else {}
     if results.setdefault('pictures', pictures.name) != pictures.name: p.error(f'{args.out} was made with {results["pictures"]}; give another --out')
     for world in args.worlds:
+        if world in AREA and world not in results.setdefault('players', {}): results['players'][world] = players(world, pictures)
         for seed in args.seeds or SEEDS[world]:
             for name in [n for n in WORLDS[world] if world == 'noise' or not args.only or n in args.only]:
                 rows = results.setdefault(world, {}).setdefault(name, [])
