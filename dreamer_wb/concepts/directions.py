@@ -272,7 +272,7 @@ def activations(
     finally: hook.remove()
     return torch.cat(kept).numpy()
 
-# %% ../../nbs/60_concepts.directions.ipynb #1cc0ae63
+# %% ../../nbs/60_concepts.directions.ipynb #36315652
 class EncoderHead(nn.Module):
     "Images to logits through the latent of a world model; its layers are `encoder.net.…`, `latent` and `head.…`."
     def __init__(self,
@@ -285,7 +285,8 @@ class EncoderHead(nn.Module):
         self.encoder, self.dynamics, self.latent, self.head = world.encoder, world.dynamics, nn.Identity(), head
         self.size, self.part, self.repeat = world.cfg.size, part, repeat
 
-    def forward(self, obs):                                              # (N,3,H,W) uint8, any size
+    def forward(self, obs):                                              # (N,3,H,W) or (N,1,3,H,W) uint8, any size
+        if obs.ndim == 5: obs = obs[:, 0]
         if obs.shape[-1] != self.size or obs.shape[-2] != self.size:
             obs = F.interpolate(obs.float(), (self.size, self.size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
         if self.repeat > 1: obs = obs[:, None].expand(-1, self.repeat, -1, -1, -1)
