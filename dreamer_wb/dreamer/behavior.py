@@ -20,15 +20,15 @@ from .distributions import Bernoulli, Categorical, Gaussian, TwoHot, symexp_bins
 from .networks import mlp
 from .world_model import DreamerWorldModel
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #8791889b
+# %% ../../nbs/28_dreamer.behavior.ipynb #f4d3f775
 @dataclass
 class DirectorConfig:
     "Managers above the actor, see `vta.director`."
     levels: int = at_least(2, 2) # the worker, which acts, and managers above it
     clock: str = choice('every', 'dynamics', 'value') # a manager chooses a new goal every so many steps, when its level of dynamics.name=hierarchy ticks, or when the critic's value has changed
     every: int = at_least(8, 1) # longest segment: manager l keeps a goal for at most `every**l` steps, whatever the clock says
-    rate: float = at_least(0.2, 0) # value: share of steps, those at which the value changes most, at which manager 1 ticks; manager l at `rate**l`
-    threshold: float = at_least(0.0, 0) # value: if not 0, tick instead where the value has changed by so much since the last tick, in ranges of the returns (never below 1)
+    rate: float = at_least(0.2, 0) # value: share of steps, those at which the value changes most, at which manager 1 ticks; manager l at `rate**l`; 0 = see threshold
+    threshold: float = at_least(0.02, 0) # value: smallest change that counts, in ranges of the returns (never below 1); with rate=0: change since the last tick that makes the next one
     space: str = choice('deter', 'feat') # what a goal is: memory alone (Director), or all features
     codes: int = at_least(8, 1) # variables of the code of a goal
     classes: int = at_least(8, 2) # values of each
@@ -275,16 +275,16 @@ def losses(self: ActorCritic,
     if self.training: self._follow()
     return losses, starts, metrics | dict(entropy=entropy)
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #fc349451
-@torch.no_grad()
+# %% ../../nbs/28_dreamer.behavior.ipynb #de4b6cad
 def curious_reward(
-    curiosity,    # an object with `reward(feat, act)` and `ready`, or None
+    curiosity,    # an object with `reward(feat, act)`, `ready` and perhaps `scale`, a function of rewards; or None
     feat: Tensor, # (N,H,F)
     act: Tensor,  # (N,H,A) taken there
-) -> Tensor: # (N,H)
+) -> Tensor: # (N,H), with the gradient of the dream if it has one
     "The intrinsic reward, or 0 as long as it is not ready."
     if curiosity is None or not curiosity.ready: return feat.new_zeros(feat.shape[:-1])
-    return curiosity.reward(feat, act).float()
+    reward, scale = curiosity.reward(feat, act).float(), getattr(curiosity, 'scale', None)
+    return scale(reward) if scale else reward
 
 @patch
 def _judge(self: ActorCritic, critic, feat, rew, disc):

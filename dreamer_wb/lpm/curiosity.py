@@ -231,9 +231,10 @@ class PredictionError(IntrinsicReward):
     needs, amortised = ('error',), True
     def measure(self, batch): return batch['error']
 
-# %% ../../nbs/50_lpm.curiosity.ipynb #181abdbc
+# %% ../../nbs/50_lpm.curiosity.ipynb #701c6210
 class LogError(PredictionError):
     "Logarithm of the error, above the floor."
+    nats = True
     def build(self):
         if not self.cfg.floor: raise UserError('curiosity floor=0: log_error needs a floor above 0')
 
