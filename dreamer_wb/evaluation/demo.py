@@ -22,7 +22,7 @@ from ..dreamer.world_model import train_world_model
 from .concepts import ConceptsConfig, concepts
 from .report import ReportConfig, report
 
-# %% ../../nbs/71_evaluation.demo.ipynb #91005fbc
+# %% ../../nbs/71_evaluation.demo.ipynb #44624adc
 @lru_cache
 def _train() -> TrainConfig: # the preset `demo`
     "How the demo trains its world model unless told otherwise."
@@ -35,8 +35,8 @@ def _classify() -> ClassifyConfig: # one seed, a short ResNet-50 from scratch
 
 def _concepts() -> ConceptsConfig: # few ways of retraining, one seed
     "What the demo does with counterfactuals unless told otherwise."
-    recipes = ['as is', 'plain copies', 'world model', 'cut-outs', 'exact edits', 'group-balanced']
-    return from_dict(ConceptsConfig, dict(parts=['edits', 'retrain'], recipes=recipes, edits=['exact', 'world model', 'cut-out'], images=400, judge_images=1500, cnn_steps=300))
+    recipes = ['as is', 'plain copies', 'world model', 'fine cut-outs', 'exact edits', 'group-balanced']
+    return from_dict(ConceptsConfig, dict(parts=['edits', 'retrain'], recipes=recipes, edits=['exact', 'world model', 'fine cut-out'], images=400, judge_images=1500, cnn_steps=300))
 
 # %% ../../nbs/71_evaluation.demo.ipynb #2390d775
 @dataclass

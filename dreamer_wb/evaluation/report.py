@@ -408,7 +408,7 @@ def _summary(
             if row: facts[f'worst group: {row["name"]}, {row["method"]}'] = f'{100*row["acc_worst"]:.0f} %'
     if facts: report.facts(facts)
 
-# %% ../../nbs/70_evaluation.report.ipynb #2168dfd7
+# %% ../../nbs/70_evaluation.report.ipynb #bd1d8dbe
 def _evaluated(run): # folder of what `evaluate` found: in a run, or by itself for a network that has none
     return run.path if 'cams' in run.config else run.path/'evaluate'
 
@@ -428,7 +428,8 @@ def _evaluation(
         report.text('TCAV: does the evidence for a water bird rise along a concept? `sign` is the share of water birds for which it does, `relative` the directional derivative in standard deviations of random concepts, '
                     '`p_holm` the p-value against these, corrected for all tests of the classifier.')
         report.table(pd.DataFrame(found['tcav'])[shown], 'Concepts by layer.')
-    captions = {'tcav_': 'Concepts that speak for a water bird; grey: not significant.', 'cams': 'Activation maps; the line is the outline of the bird.', 'localisation': 'Is it the bird? Four measures, beside maps that know nothing.',
+    captions = {'tcav_': 'Concepts that speak for a water bird; grey: not significant.', 'concept_maps_': 'Where a layer sees the first concept (red); above, the share of the logit that comes from there.',
+                'cams': 'Activation maps; the line is the outline of the bird.', 'localisation': 'Is it the bird? Four measures, beside maps that know nothing.',
                 'corruptions_error': 'Error under corruptions.', 'corruptions_worst': 'The same in the worst group.'}
     for key, caption in captions.items():
         for file in sorted((folder/'figures').glob(f'{key}*.png')): report.figure(file, caption, f'evaluate_{file.stem}')
@@ -456,7 +457,7 @@ def _segments(
             if (run.figures/f'{name}.png').is_file(): report.figure(run.figures/f'{name}.png', caption, name)
     if (run.path/'metrics.csv').exists(): report.figure(plot_losses(run.metrics), 'Losses and scores during training.', 'losses')
 
-# %% ../../nbs/70_evaluation.report.ipynb #9471dc8b
+# %% ../../nbs/70_evaluation.report.ipynb #d7aab331
 def _concepts(
     report:Report, # the page
     run:Run, # the run
@@ -470,7 +471,7 @@ def _concepts(
     report.heading('Counterfactuals')
     report.text('The world model has learned what do(land) and do(water) look like. Here it imagines birds of the test set, which it has never seen, from land to water.')
     captions = {'strips_world_model': 'The image, and what is imagined: land … water.', 'examples_world_model': 'Image, edit and true twin: at random, and those whose bird came out worst.',
-                'strips_cut-out': 'The bird cut out where two imagined places agree, over real places.'}
+                'strips_cut-out': 'The bird cut out where two imagined places agree, over real places.', 'strips_fine_cut-out': 'The bird cut out by a small network, over real places.'}
     for key, caption in captions.items():
         if (figures/f'{key}.png').exists(): report.figure(figures/f'{key}.png', caption, f'concepts_{key}')
     if 'edits' in tables: report.table(pd.DataFrame(tables['edits']), 'Edits of held-out images, in the eyes of judges trained on other images. A leak of .5 says that the original place cannot be read any more.')
