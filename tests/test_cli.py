@@ -60,6 +60,8 @@ def test_help_is_complete_and_light():
         missing = [k for k in leaves(c.load('schema')) if f'{k}=' not in text and f'{k.partition(".")[0]}.…' not in text]
         assert not missing, (name, missing)
         assert all(not line.rstrip().endswith('=') for line in text.splitlines())
+        config, shown = c.load('schema')(), text.replace(' ', '')                # defaults are those of the command, not of the part
+        if hasattr(config, 'encoder'): assert f'encoder.depth={config.encoder.depth}' in shown and f'encoder.mults={config.encoder.mults}'.replace(' ', '') in shown, name
     code = 'import sys; from dreamer_wb.cli import main; main(["--help"]); sys.exit("torch" in sys.modules or "hydra" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
@@ -67,6 +69,7 @@ def test_help_is_complete_and_light():
 @pytest.mark.parametrize('args, said', [
     (['trian'], 'did you mean `train`?'),
     (['train', 'batchsize=3'], 'did you mean `batch_size`?'),
+    (['lpm', 'stepz=3'], 'did you mean `steps`?'),
     (['train', 'experiment=waterbird_minimal'], 'did you mean `waterbirds_minimal`?'),
     (['train', 'data_dir=nowhere'], 'nowhere/train'),
     (['train'], 'data_dir'),

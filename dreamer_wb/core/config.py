@@ -241,20 +241,21 @@ def _default(
     "Default of a field, whichever way it was given."
     return fld.default if fld.default is not dataclasses.MISSING else fld.default_factory()
 
-# %% ../../nbs/00_core.config.ipynb #6c021503
+# %% ../../nbs/00_core.config.ipynb #fd95f8e0
 def leaves(
-    schema:type, # a dataclass, possibly with dataclasses inside
+    schema, # a dataclass, possibly with dataclasses inside; or an instance, for its values instead of defaults
     prefix:str='', # put before every key
 ) -> dict: # {dotted key: (field, default value, explanation)}
     "Every key of `schema` that holds a value, in the order in which they are written."
-    helps, out = _helps(schema), {}
+    is_class = isinstance(schema, type)
+    helps, out = _helps(schema if is_class else type(schema)), {}
     for fld in dataclasses.fields(schema):
-        default = _default(fld)
-        if dataclasses.is_dataclass(default): out.update(leaves(type(default), f'{prefix}{fld.name}.'))
+        default = _default(fld) if is_class else getattr(schema, fld.name)
+        if dataclasses.is_dataclass(default): out.update(leaves(default, f'{prefix}{fld.name}.'))
         else: out[prefix + fld.name] = (fld, default, helps.get(fld.name, ''))
     return out
 
-# %% ../../nbs/00_core.config.ipynb #81b79c28
+# %% ../../nbs/00_core.config.ipynb #dabd1429
 ALIASES = {'cnn_depth': ('encoder.depth', 'decoder.depth'), 'deter_dim': ('dynamics.deter',), 'stoch_dim': ('dynamics.stoch',),
            'action_size': ('action_dim',), 'kl_free': ('dynamics.free_nats',), 'kl_free_nats': ('dynamics.free_nats',),
            'free_nats': ('dynamics.free_nats',), 'lr': ('loop.lr',), 'steps': ('loop.steps',),
@@ -265,7 +266,7 @@ def _nearest(
     known, # keys that exist
 ) -> str: # ': did you mean …?' or ''
     "The known key that looks most like `key`, whole or by its last part."
-    names = {k: k for k in known} | {k.rpartition('.')[2]: k for k in known}
+    names = {k.rpartition('.')[2]: k for k in known} | {k: k for k in known}
     near = difflib.get_close_matches(key, names, 1, 0.6) or difflib.get_close_matches(key.rpartition('.')[2], names, 1, 0.6)
     return f': did you mean `{names[near[0]]}`?' if near else ''
 
