@@ -115,7 +115,7 @@ def join(
     "What a level reads."
     return feat if goal is None else torch.cat([feat, goal], -1)
 
-# %% ../../nbs/49_vta.director.ipynb #65b76807
+# %% ../../nbs/49_vta.director.ipynb #ce4a3c9e
 class Director(nn.Module):
     "A worker and managers above it, behind the surface of an actor-critic."
     replay_loss = ActorCritic.replay_loss                     # the highest level's critic of the task, on real rewards
@@ -130,7 +130,7 @@ class Director(nn.Module):
         super().__init__()
         if cfg.actor_grad != 'reinforce': raise UserError(f'behavior.actor_grad={cfg.actor_grad}: behavior.name=director needs behavior.actor_grad=reinforce')
         d, self.cfg, self.discrete, self.rewards, self.n_goal = cfg.director, cfg, discrete, tuple(rewards), n_goal or n_feat
-        self.goals, self.levels, self.relative = GoalAutoencoder(self.n_goal, cfg), nn.ModuleList(), d.clock == 'value' and not d.threshold
+        self.goals, self.levels, self.relative = GoalAutoencoder(self.n_goal, cfg), nn.ModuleList(), d.clock == 'value' and d.rate > 0
         if self.relative: self.register_buffer('changes', torch.full((8, 256), math.inf))             # of value, recent ones: until it is filled, only the limit ticks
         for l in range(d.levels):
             n_in = n_feat + (self.n_goal if l < d.levels - 1 else 0)
@@ -204,16 +204,17 @@ def worth(self: Director,
         critic = self.critics['task']
         return TwoHot(critic.slow(feat), critic.bins).mode.unsqueeze(-1)
 
-# %% ../../nbs/49_vta.director.ipynb #8b8e06fd
+# %% ../../nbs/49_vta.director.ipynb #9b5b454c
 @patch
 def bar(self: Director,
     l: int, # level
 ) -> Tensor: # scalar
-    "The change of value that makes a manager tick: exceeded by a share `rate**l` of the recent ones, or fixed."
+    "The change of value that makes a manager tick: exceeded by a share `rate**l` of the recent ones, and no smaller than `threshold`."
     d = self.cfg.director
-    if not self.relative: return l*d.threshold*self.critics['task'].scale()
+    least = d.threshold*self.critics['task'].scale()
+    if not self.relative: return l*least
     n = self.changes.numel()
-    return self.changes.flatten().kthvalue(min(n, max(1, math.ceil(n*(1 - d.rate**l))))).values
+    return torch.maximum(least, self.changes.flatten().kthvalue(min(n, max(1, math.ceil(n*(1 - d.rate**l))))).values)
 
 @patch
 def remember(self: Director,

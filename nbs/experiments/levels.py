@@ -23,7 +23,7 @@ from dreamer_wb.dreamer.agent import AgentConfig, Player, load_agent, train_agen
 from dreamer_wb.dreamer.behavior import ActorCritic, BehaviorConfig
 from dreamer_wb.dreamer.distributions import TwoHot
 from dreamer_wb.dreamer.envs import EnvConfig, Stream, evaluate, make_envs, random_policy
-from dreamer_wb.vta.director import Director, TwoRooms, keys_optimum
+from dreamer_wb.vta.director import Director, TwoRooms, follow_goals, goal_segments, keys_optimum
 
 OUT = Path(__file__).resolve().parent/'results'/'levels.json'
 SEEDS = 10, 11, 12
@@ -31,8 +31,8 @@ ROOMS = { # name: (updates, behavior.director or None for the flat actor)
     'flat': (250, None),
     'every 4 steps': (250, dict(every=4)),
     'every 4 steps, absorb=False': (250, dict(every=4, absorb=False)),
-    'value clock': (600, dict(clock='value', every=6)),
-    'value clock with a fixed bar': (600, dict(clock='value', every=6, threshold=.1)),
+    'value clock': (600, dict(clock='value', every=6, rate=.2, threshold=.02)),
+    'value clock with a fixed bar': (600, dict(clock='value', every=6, rate=0., threshold=.1)),
     'three levels, 3 and 9 steps': (600, dict(levels=3, every=3)),
     'three levels, all paid by the task': (250, dict(levels=3, every=3, below=.5)),
     'three levels, all paid by the task, longer': (600, dict(levels=3, every=3, below=.5)),
@@ -46,8 +46,9 @@ KEYS = { # name: (levels, when the upper ones tick, overrides)
     'manager on the learned clock, no limit': (2, 'learned', ['experiment=tiny_director', *LEARNED, 'behavior.director.clock=dynamics', 'behavior.director.every=1000']),
     'manager on the learned clock that reads value': (2, 'learned, value', ['experiment=tiny_director', *LEARNED, 'dynamics.hierarchy.value=true', 'behavior.director.clock=dynamics',
                                                                               'behavior.director.every=8']),
-    "manager where the critic's value changes most": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.rate=0.2']),
-    "manager where the critic's value changes by a fixed amount": (2, 'value, fixed bar', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.threshold=0.1']),
+    "manager where the critic's value changes most": (2, 'value', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.rate=0.2', 'behavior.director.threshold=0.02']),
+    "manager where the critic's value changes most, no floor": (2, 'value, no floor', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.rate=0.2', 'behavior.director.threshold=0']),
+    "manager where the critic's value changes by a fixed amount": (2, 'value, fixed bar', ['experiment=tiny_director', 'behavior.director.clock=value', 'behavior.director.every=8', 'behavior.director.rate=0', 'behavior.director.threshold=0.1']),
     'learned clock, no goals': (2, 'learned', ['experiment=tiny_keys', *LEARNED]),
     'two managers, 3 and 9 steps': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3']),
     'two managers, 3 and 9 steps, all levels paid by the task': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3', 'behavior.director.below=0.5']),
@@ -167,6 +168,27 @@ def noticed(seed, steps):
     return out
 
 
+def asked(agent, steps=400, seed=77_777):
+    "What became of the goals of a director, and the story for a picture."
+    torch.manual_seed(0)
+    story = follow_goals(agent, Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 1), agent.cfg.size), seed), steps)
+    rows = goal_segments(story)
+    mean = lambda f: float(np.mean([f(r) for r in rows]))
+    return dict(goals=len(rows), kept=mean(lambda r: r['stop'] - r['start']), nearer_than_other=mean(lambda r: r['after'] > r['other']), **{k: mean(lambda r: r[k]) for k in ('before', 'after', 'other')}), story
+
+
+def kept_goals(folder):
+    "`asked` of all kept agents; pictures of the one on the learned clock."
+    out = {}
+    for path in sorted(Path(folder).glob('*.ckpt')):
+        agent, (name, seed) = load_agent(path), path.stem.replace('_', ' ').rsplit('-', 1)
+        if agent.cfg.behavior.name != 'director': continue
+        row, story = asked(agent)
+        out.setdefault(name, {})[seed] = row
+        if path.stem == 'manager_on_the_learned_clock-10': np.savez_compressed(OUT.with_name('levels_goals.npz'), **{k: v[:60].numpy() for k, v in story.items()})
+    return out
+
+
 def keys(name, seed, steps, keep=None):
     "Train an agent from pixels, online; its checkpoint may be kept in a folder."
     folder = tempfile.mkdtemp(prefix='levels_')
@@ -187,14 +209,15 @@ def keys(name, seed, steps, keep=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--part', choices=('rooms', 'clock', 'keys'), nargs='+', default=['rooms', 'clock', 'keys'])
+    parser.add_argument('--part', choices=('rooms', 'clock', 'keys', 'goals'), nargs='+', default=['rooms', 'clock', 'keys'])
     parser.add_argument('--only', nargs='+', help='names in ROOMS or KEYS')
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS)
     parser.add_argument('--steps', type=int, default=400, help='updates of the whole agent')
-    parser.add_argument('--keep', help='folder for the trained agents; default: none is kept')
+    parser.add_argument('--keep', help='folder for the trained agents; default: none is kept. --part goals looks at those that are there')
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = read_json(OUT) if OUT.exists() else {}
+    if 'goals' in args.part: write_json(OUT, data | dict(goals=kept_goals(args.keep)))
     for part, names in (('rooms', ROOMS), ('clock', ['flat']), ('keys', KEYS)):
         if part not in args.part: continue
         for seed in args.seeds:                                                     # seed by seed, so that a part of the runs compares all rows
