@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'SUMMARY', 'EvaluateConfig', 'check_evaluate', 'load_classif
            'open_classifiers', 'tcav_layers', 'concept_sets', 'open_data', 'Evaluation', 'time_table', 'summary_rows',
            'evaluate']
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #df2949ee
+# %% ../../nbs/76_evaluation.evaluate.ipynb #d95e66e8
 import hashlib
 import math
 import time
@@ -31,7 +31,7 @@ from ..core.runs import Run, UserError, atomic_write, load_checkpoint, plain, wr
 from ..data.episodes import EpisodeStore
 from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions, stratified, work_left
 from .gradcam import CAMS, cam_maps, iou_curve, localisation_table, plot_cams, plot_localisation
-from .tcav import is_constant, layer_gradients, plot_tcav, tcav
+from .tcav import concept_attribution, concept_maps, is_constant, layer_gradients, plot_concept_maps, plot_tcav, tcav
 
 # %% ../../nbs/76_evaluation.evaluate.ipynb #d14757b7
 @dataclass
@@ -267,7 +267,16 @@ def _accuracy(ev):
     rows = [dict(model=k, name=getattr(m, 'title', k), **group_metrics(test.label, prob[k], test.group, counts, k)) for k, m in ev.models.items()]
     ev.tables['accuracy'] = pd.DataFrame(rows).drop(columns='confusion')
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #ac7e5f16
+# %% ../../nbs/76_evaluation.evaluate.ipynb #bff59647
+def _where(m, layers, birds, sets, random): # Visual-TCAV of eight water birds; empty if no layer has positions
+    shapes, some = layer_shapes(m, torch.as_tensor(birds[:1])), birds[np.unique(np.linspace(0, len(birds) - 1, 8).astype(int))]
+    layer, (name, images) = next((k for k in layers if len(shapes[k]) == 3), None), next(iter(sets.items()))
+    if layer is None: return {}
+    with_ = images[0] if isinstance(images, tuple) else images
+    maps, cav = concept_maps(m, layer, some, with_, random[:len(with_)])
+    return dict(obs=torch.from_numpy(np.ascontiguousarray(some)), maps=maps, values=torch.from_numpy(concept_attribution(m, layer, some, maps, cav)), layer=layer, concept=name)
+
+# %% ../../nbs/76_evaluation.evaluate.ipynb #368d10d3
 def _concept_pictures(ev): # water birds of the test set, concept sets, random pictures
     cfg, stores, rng = ev.cfg, ev.stores, np.random.default_rng(ev.cfg.seed)
     pool = stores.get('train', stores['val'])
@@ -285,6 +294,8 @@ def _tcav(ev):
     for k, m in ev.models.items():
         table = pd.DataFrame(ev.kept('tcav', k, lambda: ask(m)))
         ev.figure(f'tcav_{k}', plot_tcav(table, f'{k}: what speaks for a water bird'))
+        if maps := ev.kept('tcav-maps', k, lambda: _where(m, table['layer'].unique(), *pictures())):
+            ev.figure(f'concept_maps_{k}', plot_concept_maps(maps['obs'].numpy(), maps['maps'], maps['values'].numpy(), f'{k}, {maps["layer"]}: where it sees {maps["concept"]}, and how much of the logit comes from there'))
         rows.append(table.assign(model=k))
     ev.tables['tcav'] = pd.concat(rows)[['model', *rows[0].columns[:-1]]]
 
@@ -327,7 +338,7 @@ def _corruptions(ev):
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #403e7d6f
+# %% ../../nbs/76_evaluation.evaluate.ipynb #3cccf58c
 def time_table(
     ev:Evaluation, # with what was asked for
 ) -> dict: # {part: seconds}
@@ -340,7 +351,7 @@ def time_table(
         predict(m, x)                                                          # the first time is slower
         one = each(lambda: predict(m, x), len(x))
         out['accuracy'] += todo('accuracy', k)*len(test)*each(lambda: predict(m, x, amp=cfg.amp), len(x))
-        if todo('tcav', k): out['tcav'] += (300 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
+        if todo('tcav', k): out['tcav'] += (500 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
         for cam in cfg.cams:
             if not todo(f'gradcam-{cam}', k): continue
             cam_maps(m, x.x[:1], method=cam)

@@ -256,7 +256,7 @@ def concept_maps(
     maps = _raw_map(a, cav)
     return ((maps.clamp(low, high) - low)/(high - low) if high > low else maps*0), cav
 
-# %% ../../nbs/73_evaluation.tcav.ipynb #70b8cba4
+# %% ../../nbs/73_evaluation.tcav.ipynb #e9586f2b
 def _replaced(model, layer, obs, a): # logits when a layer says `a`
     hook = find_layer(model, layer).register_forward_hook(lambda m, i, out: a.to(out))
     try: return model(obs)
@@ -270,11 +270,11 @@ def integrated_gradients(
     steps:int=20, # intervals of the trapezoid rule
 ) -> tuple: # like the layer: attribution of each of its values; (N, K) logits less those of a silent layer
     "Integrated gradients (Sundararajan et al. 2017) from a silent layer, of a logit."
-    a, total = _positions(model, layer, obs), 0
+    a, total, device = _positions(model, layer, obs), 0, next(model.parameters()).device
     with opened(model):
         for i in range(steps + 1):
             x = (a*i/steps).requires_grad_()
-            logits = _replaced(model, layer, obs, x)
+            logits = _replaced(model, layer, obs.to(device), x).cpu()
             total = total + torch.autograd.grad(logits[:, target].sum(), x)[0]*(.5 if i in (0, steps) else 1)/steps
             if i == 0: silent = logits.detach()
     return a*total, logits.detach() - silent
