@@ -586,13 +586,13 @@ def joint_tables(
     known = list(dict.fromkeys(k for p in parts for k in p))
     return {k: pd.concat([p[k].assign(run=n)[['run', *p[k].columns]] for n, p in zip(names, parts) if k in p], ignore_index=True) for k in known}
 
-# %% ../../nbs/70_evaluation.report.ipynb #3e041cbb
+# %% ../../nbs/70_evaluation.report.ipynb #eca89de2
 def joint_report(
     runs:list, # of Run
 ) -> Report: # the page, not yet written
     "One page about several runs: common tables, and the figures side by side."
     page = Report('Runs side by side', ', '.join(str(r.path) for r in runs))
-    titles = dict(tcav='TCAV', gradcam='Activation maps', mce='Corruptions')
+    titles = dict(tcav='TCAV', gradcam='Activation maps', mce='Corruptions') | {'retrained linear': 'Linear heads, retrained', 'retrained mlp': 'Two-layer heads, retrained', 'retrained cnn': 'Small CNNs, retrained'}
     for name, table in joint_tables(runs).items():
         if name == 'gradcam': table = table[table['group'] == 'all']                       # each group is in the file
         if name == 'tcav': table = table[['run', 'model', 'concept', 'layer', 'sign', 'relative', 'auc', 'p_holm', 'verdict']]
