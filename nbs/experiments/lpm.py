@@ -25,9 +25,7 @@ from dreamer_wb.lpm.train import LPMConfig, train_lpm
 from dreamer_wb.lpm.worlds import METHODS, NOISE, PENDULUM, run_noise, run_pendulum, run_rooms
 
 OUT = Path(__file__).resolve().parent/'results'/'lpm.json'
-PIXELS = { # name: (curiosity.kind, further keys)
-    'task only': ('none',), 'prediction error': ('prediction_error',), 'LPM, two heads': ('lpm',),
-    'prediction error, log': ('log_error', 'curiosity.memory=1024')}                    # in the units of LPM, and with a memory as long as its queue
+PIXELS = {'task only': 'none', 'prediction error': 'prediction_error', 'LPM, two heads': 'lpm'} # name: curiosity.kind
 SMALL = ['size=32', 'env.n=4', 'env.repeat=2', 'encoder.mults=[1,2,4]', 'encoder.norm=batch', 'decoder.mults=[1,2,4]', 'decoder.output=linear', 'dynamics.latent=gaussian', 'dynamics.stoch=16',
          'dynamics.blocks=4', 'behavior.layers=2', 'behavior.discount=.97', 'behavior.entropy=1e-3', 'batch_size=16', 'batch_length=16', 'prefill=2000', 'train_ratio=64', 'steps=6400', 'loop.clip=1',
          'loop.warmup=50', 'loop.amp=off', 'loop.tensorboard=false', 'loop.eval_every=0', 'curiosity.queue=1024', 'curiosity.warmup=40', 'curiosity.lag=10', 'noisy_tv=true'] # as experiment=pendulum; 1,100 updates
@@ -38,8 +36,7 @@ SEEDS = dict(noise=range(10, 16), rooms=range(20, 25), pendulum=range(20, 25), p
 
 def run_pixels(world, name, seed, args):
     "`dreamer-wb lpm` on the pendulum from pixels; interrupted, it goes on where it was."
-    kind, *more = PIXELS[name]
-    cfg = compose(LPMConfig, [*SMALL, f'curiosity.kind={kind}', *more, f'tv.pictures={args.pictures}', f'seed={seed}', f'runs_dir={args.runs}', f'tv.area={AREA[world]}', f"name='{world} {name} {seed}'"])
+    cfg = compose(LPMConfig, [*SMALL, f'curiosity.kind={PIXELS[name]}', f'tv.pictures={args.pictures}', f'seed={seed}', f'runs_dir={args.runs}', f'tv.area={AREA[world]}', f"name='{world} {name} {seed}'"])
     run = train_lpm(cfg)
     found, table = read_json(run.path/'lpm.json'), read_metrics(run)
     return {'TV share': found['tv_share'], 'TV last': found['tv_share_last'], 'return': float(table['eval_return'].dropna().iloc[-1]), 'steps': cfg.steps,
