@@ -23,7 +23,7 @@ from dreamer_wb.vta.inspect import diagnose_episodes, run_episodes
 HERE = Path(__file__).parent
 RESULTS = HERE/'results'/'atari_boundaries.json'
 GAMES, LENGTH = ('breakout', 'frostbite', 'private_eye'), 300
-KINDS = {'pixels': [], 'value': ['dynamics.hierarchy.value=true', 'dynamics.hierarchy.signal_scale=30']}
+KINDS = {'pixels': [], 'image': ['scales.image=100'], 'value': ['dynamics.hierarchy.value=true', 'dynamics.hierarchy.signal_scale=30']}
 RUNS = [f'{game}/{kind}' for kind in KINDS for game in GAMES]
 
 
