@@ -3,6 +3,7 @@
     python nbs/experiments/vta_original.py                          # everything that is not in the results yet
     python nbs/experiments/vta_original.py --only colors/ours --seeds 10
     python nbs/experiments/vta_original.py --gradients              # straight-through beside the exact gradient, a CPU minute
+    python nbs/experiments/vta_original.py --drawing --seeds 0 1 2  # the image networks alone on two small balls, a CPU minute
 
 Every run is a `dreamer-wb train` in --runs; interrupted (also by SIGTERM), the same command goes on where it was. The curves, the evaluations and the
 boundaries of some sequences go to results/vta_original.json after each run.
@@ -11,11 +12,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dreamer_wb.core.config import compose
 from dreamer_wb.core.learner import fit, set_seed
 from dreamer_wb.core.runs import Run, read_json, read_metrics, write_json
-from dreamer_wb.vta.model import VTA, VTATrainConfig, read_frames, train_vta, vta_batches, window_episodes
+from dreamer_wb.vta.model import VTA, VTATrainConfig, make_decoder, make_encoder, make_sequences, read_frames, train_vta, vta_batches, window_episodes
 
 HERE = Path(__file__).parent
 RESULTS = HERE/'results'/'vta_original.json'
@@ -79,6 +81,47 @@ def gradients(seed, updates=100, n=64):
     return {k: dict(saved=saved[:, 1:][m[:, 1:]].tolist(), slope=slope[:, 1:][m[:, 1:]].tolist()) for k, m in kinds.items()}
 
 
+def predict(batches, held_out, before, mean_start, updates, every=25):
+    "Error of each frame of the held-out sequences, as a share of the mean image's, while encoder and decoder alone learn to draw a frame from itself (`before=0`) or from those before it."
+    k, mean = max(before, 1), read_frames(held_out['obs']).mean((0, 1, 3, 4))
+    enc, dec = make_encoder(64, 32, 16), make_decoder(64, 32, 16)
+    enc[0][0] = nn.Conv2d(3*k, 16, 4, 2, 1, bias=False)
+    if mean_start: dec[-2].bias.data.copy_(mean.atanh())
+    net = nn.Sequential(enc, dec).to(memory_format=torch.channels_last)
+    opt, out = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0., fused=True), []
+    def pairs(obs):
+        x = read_frames(obs)
+        seen = torch.cat([x[:, 2 - i:x.shape[1] - i] for i in (range(1, k + 1) if before else [0])], 2)
+        return [v[:, ::2].flatten(0, 1).contiguous(memory_format=torch.channels_last) for v in (seen, x[:, 2:])]
+    seen, wanted = pairs(held_out['obs'])
+    blank, new = (wanted - mean.view(1, 3, 1, 1)).square().mean(), held_out['read'][:, 2:][:, ::2].flatten()
+    for step in range(1, updates + 1):
+        a, b = pairs(batches(step)['obs'])
+        with torch.autocast('cpu', torch.bfloat16): rec = net.train()(a).float()
+        (8*(rec - b).square().sum((1, 2, 3)).mean()).backward()                                          # as obs_std=.25
+        nn.utils.clip_grad_norm_(net.parameters(), 10.)
+        opt.step(); opt.zero_grad()
+        if step % every: continue
+        with torch.no_grad(): error = (net.eval()(seen) - wanted).square().mean((1, 2, 3))/blank
+        out.append(dict(step=step, all=float(error.mean()), inside=float(error[~new].mean()), change=float(error[new].mean())))
+    return out
+
+
+def drawing(seed, updates=100):
+    "How fast two small balls are drawn without any recurrence or latent, and what a change of colour costs a model that repeats the last frame."
+    cfg = compose(VTATrainConfig, [*TWO, f'seed={seed}', 'eval_size=32'])
+    batches, held_out, out = vta_batches(cfg)[0], make_sequences(cfg, 32, [seed, 1, 0]), {}
+    for name, kw in dict(zero=(0, False), mean=(0, True), last=(1, True), last_two=(2, True)).items():
+        set_seed(seed)
+        out[name] = predict(batches, held_out, *kw, updates)
+    for name, what in dict(two_balls=TWO, big_ball=BALL).items():
+        d = make_sequences(compose(VTATrainConfig, what), 512, [seed, 2, 0])
+        x, new = d['obs'].float()/127.5, d['read'][:, 1:]
+        error = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))/(x - x.mean((0, 1, 3, 4)).view(3, 1, 1)).square().mean()
+        out[f'repeat_{name}'] = dict(inside=float(error[~new].mean()), change=float(error[new].mean()))
+    return out
+
+
 def changes(model, cfg):
     "Of the big ball's changes from each colour (1 to 6, in binary red green blue) to each other one: found, found one frame late only, all."
     cfg.eval_size = 512
@@ -101,9 +144,14 @@ def main():
     parser.add_argument('--runs', default='runs/vta_original', help='folder of the runs')
     parser.add_argument('--collect', action='store_true', help='only gather what is there, finished or not')
     parser.add_argument('--gradients', action='store_true', help='only compare gradients')
+    parser.add_argument('--drawing', action='store_true', help='only the image networks on two balls')
     args = parser.parse_args()
     def keep(key, value): write_json(RESULTS, dict(read_json(RESULTS) if RESULTS.exists() else {}, **{key: value}))
     if args.gradients: return keep('gradients', {str(seed): gradients(seed) for seed in args.seeds})
+    if args.drawing:
+        torch.set_num_threads(1)
+        for seed in args.seeds: keep('drawing', dict(read_json(RESULTS).get('drawing', {}), **{str(seed): drawing(seed)}))
+        return
     for seed in args.seeds:
         for name in args.only:
             if not args.collect and RESULTS.exists() and read_json(RESULTS).get(f'{name}/{seed}', {}).get('done'): continue
