@@ -4,7 +4,7 @@
     python nbs/experiments/levels.py --part rooms                 # a known world: managers and worker alone
     python nbs/experiments/levels.py --part keys --only flat --seeds 10
 
-`rooms`: two rooms whose optimum is known, features given, nothing but the behavior is learnt. `clock`: would a clock on the critic of a
+`rooms`: two rooms whose optimum is known, features given, nothing but the behavior is learnt. `four`: four rooms, farther than dreams. `clock`: would a clock on the critic of a
 flat agent tick where it should? `keys`: the whole agent on Keys from pixels, online; preset and overrides stand in KEYS. Each run
 ends with 100 episodes on environments that it has never seen, with the most probable actions, and says when managers chose new goals. What is in the result file is not repeated.
 """
@@ -37,6 +37,12 @@ ROOMS = { # name: (updates, behavior.director or None for the flat actor)
     'three levels, all paid by the task': (250, dict(levels=3, every=3, below=.5)),
     'three levels, all paid by the task, longer': (600, dict(levels=3, every=3, below=.5)),
 }
+FOUR = { # ways of up to 34 steps, dreams of 12: (updates, director, do dreams begin only where actors have been that start at one end?)
+    'flat': (250, None, False),
+    'every 4 steps': (250, dict(every=4), False),
+    'flat, from one end': (200, None, True),
+    'every 4 steps, from one end': (200, dict(every=4), True),
+}
 LEARNED = ['dynamics.name=hierarchy', 'dynamics.hierarchy.clock=learned', 'dynamics.hierarchy.max_seg_len=8', 'dynamics.hierarchy.constrain=posterior', 'dynamics.hierarchy.boundary_rate=0.25',
            'dynamics.hierarchy.boundary_scale=1']
 KEYS = { # name: (levels, when the upper ones tick, overrides)
@@ -58,21 +64,44 @@ COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 
 
 # ---------------------------------------------------------------- rooms
 
-def rooms(name, seed, gamma=.95):
-    "Train a behavior in the known world."
-    updates, director = ROOMS[name]
+class FourRooms(TwoRooms):
+    "Longer than a dream: up to 34 steps; dreams have 12."
+    plan = tuple(''.join('#' if c in (4, 9, 14) and r != {4: 0, 9: 4, 14: 0}[c] else '.' for c in range(19)) for r in range(5))
+
+
+def start_places(net, world, actors):
+    "Where 16 actors have been after 8 more steps each; episodes of 100 steps begin at place 0 and end at G."
+    with torch.no_grad():
+        for _ in range(8):
+            first = actors['age'] == 0
+            act, actors['memory'] = net.act(world, actors, first, actors.get('memory'), True)
+            actors['at'], actors['age'] = world.img_step(actors, act)['at'], actors['age'] + 1
+            over = (actors['at'] == world.goal) | (actors['age'] >= 100)
+            actors['won'] += int((actors['at'] == world.goal).sum())
+            actors['at'], actors['age'] = actors['at'].masked_fill(over, 0), actors['age'].masked_fill(over, 0)
+            actors['seen'].append(actors['at'].clone())
+    return torch.cat(actors['seen'])
+
+
+def rooms(name, seed, gamma=.95, world=TwoRooms, table=None, limit=40, explore=False):
+    "Train a behavior in a known world. Dreams begin anywhere, or where actors have been."
+    updates, director = (table or ROOMS)[name][:2]
     torch.manual_seed(seed)
-    world, keys = TwoRooms(), dict(layers=2, units=32, horizon=12, discount=gamma, entropy=3e-3, slow_rate=.1)
+    world, keys = world(), dict(layers=2, units=32, horizon=12, discount=gamma, entropy=3e-3, slow_rate=.1)
     cfg = from_dict(BehaviorConfig, keys | ({} if director is None else dict(name='director', director=dict(codes=4, classes=4, entropy=3e-3) | director)))
     net = (ActorCritic if director is None else Director)(world.n, 5, True, cfg)
     opt, began = torch.optim.Adam(net.parameters(), 3e-3), time.process_time()
+    actors = dict(at=torch.zeros(16, dtype=torch.long), age=torch.zeros(16, dtype=torch.long), seen=[torch.zeros(16, dtype=torch.long)], won=0)
     for _ in range(updates):
-        losses = net.losses(net.dream(world, dict(at=torch.randint(world.n, (64,)))))[0]
+        places = start_places(net, world, actors) if explore else torch.arange(world.n)
+        losses = net.losses(net.dream(world, dict(at=places[torch.randint(len(places), (64,))])))[0]
         opt.zero_grad()
         sum(v.mean() for v in losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
         opt.step()
-    return dict(updates=updates, score=world.score(world.play(net), gamma), found=float(np.isfinite(world.play(net)).mean()), cpu_seconds=time.process_time() - began)
+    took = world.play(net, limit)
+    found = dict(visited=len(torch.cat(actors['seen']).unique())/world.n, won=actors['won'], steps=float(min(took[0], limit + 1))) if explore else {}
+    return dict(updates=updates, score=world.score(took, gamma), found=float(np.isfinite(took).mean()), cpu_seconds=time.process_time() - began, **found)
 
 
 # ---------------------------------------------------------------- keys
@@ -209,7 +238,7 @@ def keys(name, seed, steps, keep=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--part', choices=('rooms', 'clock', 'keys', 'goals'), nargs='+', default=['rooms', 'clock', 'keys'])
+    parser.add_argument('--part', choices=('rooms', 'four', 'clock', 'keys', 'goals'), nargs='+', default=['rooms', 'four', 'clock', 'keys'])
     parser.add_argument('--only', nargs='+', help='names in ROOMS or KEYS')
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS)
     parser.add_argument('--steps', type=int, default=400, help='updates of the whole agent')
@@ -218,25 +247,26 @@ def main():
     torch.set_num_threads(1)
     data = read_json(OUT) if OUT.exists() else {}
     if 'goals' in args.part: write_json(OUT, data | dict(goals=kept_goals(args.keep)))
-    for part, names in (('rooms', ROOMS), ('clock', ['flat']), ('keys', KEYS)):
+    for part, names in (('rooms', ROOMS), ('four', FOUR), ('clock', ['flat']), ('keys', KEYS)):
         if part not in args.part: continue
         for seed in args.seeds:                                                     # seed by seed, so that a part of the runs compares all rows
             for name in (n for n in names if not args.only or n in args.only):
                 if str(seed) in data.get(part, {}).get(name, {}): continue
-                result = rooms(name, seed) if part == 'rooms' else noticed(seed, args.steps) if part == 'clock' else keys(name, seed, args.steps, args.keep)
+                result = rooms(name, seed) if part == 'rooms' else rooms(name, seed, world=FourRooms, table=FOUR, limit=100, explore=FOUR[name][2]) if part == 'four' else noticed(seed, args.steps) if part == 'clock' else keys(name, seed, args.steps, args.keep)
                 data = read_json(OUT) if OUT.exists() else {}
                 data.setdefault(part, {}).setdefault(name, {})[str(seed)] = result
-                data['baselines'] = data.get('baselines') or baselines()
+                data['baselines'] = data['baselines'] if 'four' in data.get('baselines', {}) else baselines()
                 write_json(OUT, data)
                 print(part, name, seed, {k: v for k, v in result.items() if k not in ('curve', 'ticks')}, flush=True)
 
 
 def baselines(gamma=.95):
     "What is best, and what pressing anything achieves."
-    world, stream = TwoRooms(), Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), 16), 77_777)
+    world, far, stream = TwoRooms(), FourRooms(), Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), 16), 77_777)
     torch.manual_seed(0)
     found = evaluate(stream, random_policy(stream), 2000)
-    return dict(rooms=dict(optimum=world.score(world.far, gamma), random=float(np.mean([world.score(world.play(None), gamma) for _ in range(50)]))),
+    four = [far.play(None, 100) for _ in range(50)]
+    return dict(four=dict(optimum=far.score(far.far, gamma), random=float(np.mean([far.score(x, gamma) for x in four]))), rooms=dict(optimum=world.score(world.far, gamma), random=float(np.mean([world.score(world.play(None), gamma) for _ in range(50)]))),
                 keys=dict(optimum=keys_optimum(), random_success=float(np.mean(found['returns'])), random_length=float(np.mean(found['lengths']))))
 
 
