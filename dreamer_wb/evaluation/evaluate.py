@@ -267,14 +267,14 @@ def _accuracy(ev):
     rows = [dict(model=k, name=getattr(m, 'title', k), **group_metrics(test.label, prob[k], test.group, counts, k)) for k, m in ev.models.items()]
     ev.tables['accuracy'] = pd.DataFrame(rows).drop(columns='confusion')
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #bff59647
+# %% ../../nbs/76_evaluation.evaluate.ipynb #c6c88e6c
 def _where(m, layers, birds, sets, random): # Visual-TCAV of eight water birds; empty if no layer has positions
     shapes, some = layer_shapes(m, torch.as_tensor(birds[:1])), birds[np.unique(np.linspace(0, len(birds) - 1, 8).astype(int))]
     layer, (name, images) = next((k for k in layers if len(shapes[k]) == 3), None), next(iter(sets.items()))
     if layer is None: return {}
     with_ = images[0] if isinstance(images, tuple) else images
     maps, cav = concept_maps(m, layer, some, with_, random[:len(with_)])
-    return dict(obs=torch.from_numpy(np.ascontiguousarray(some)), maps=maps, values=torch.from_numpy(concept_attribution(m, layer, some, maps, cav)), layer=layer, concept=name)
+    return dict(obs=torch.from_numpy(np.ascontiguousarray(some)), maps=maps, values=torch.from_numpy(concept_attribution(m, layer, some, maps, cav, steps=10)), layer=layer, concept=name)
 
 # %% ../../nbs/76_evaluation.evaluate.ipynb #368d10d3
 def _concept_pictures(ev): # water birds of the test set, concept sets, random pictures
@@ -338,7 +338,11 @@ def _corruptions(ev):
     ev.tables['mce'] = pd.DataFrame([dict(model=k, **mce(errors, k, reference)) for k in ev.models])
     for column in ('error', 'worst'): ev.figure(f'corruptions_{column}', plot_corruptions(errors, column))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #3cccf58c
+# %% ../../nbs/76_evaluation.evaluate.ipynb #1b9252bb
+def _pictures_asked(ev): # of a network by TCAV: random ones, concept sets, half of the images there and back, for each layer; and a map by integrated gradients
+    cfg, each = ev.cfg, 4*min(30, group_counts(ev.stores['val'].group).min())
+    return (300 + sum(each if c in CONCEPTS else 60 for c in cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers)) + 300
+
 def time_table(
     ev:Evaluation, # with what was asked for
 ) -> dict: # {part: seconds}
@@ -351,7 +355,7 @@ def time_table(
         predict(m, x)                                                          # the first time is slower
         one = each(lambda: predict(m, x), len(x))
         out['accuracy'] += todo('accuracy', k)*len(test)*each(lambda: predict(m, x, amp=cfg.amp), len(x))
-        if todo('tcav', k): out['tcav'] += (500 + 120*len(cfg.concepts) + 1.5*cfg.images)*max(1, len(cfg.layers))*one   # half of the images, there and back
+        if todo('tcav', k): out['tcav'] += _pictures_asked(ev)*one
         for cam in cfg.cams:
             if not todo(f'gradcam-{cam}', k): continue
             cam_maps(m, x.x[:1], method=cam)

@@ -169,7 +169,7 @@ def plot_cams(
             ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     return fig
 
-# %% ../../nbs/74_evaluation.gradcam.ipynb #c806d5a4
+# %% ../../nbs/74_evaluation.gradcam.ipynb #142df69b
 def plot_localisation(
     table, # DataFrame from localisation_table
     curves:dict=None, # {name: (T,) from iou_curve}
@@ -182,7 +182,7 @@ def plot_localisation(
     n, colours = len(everyone), {}
     for i, r in enumerate(everyone.itertuples()):
         base = r.map.startswith('baseline')
-        name, colour = r.map.removeprefix('baseline: '), f'{.55 + .13*(i % 3)}' if base else f'C{i}'
+        name, colour = r.map.removeprefix('baseline: '), f'{.55 + .13*(i % 3)}' if base else f'C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[i % 9]}'     # C7 is grey, too
         colours[name] = axes[0].bar(np.arange(4) + (i - n/2 + .5)*.8/n, [getattr(r, k) for k in names], .8/n, color=colour, label=name)[0].get_facecolor()
     axes[0].set(xticks=range(4), xticklabels=[MEASURES[k].replace(', ', ',\n') for k in names], ylim=(0, None))
     for name, c in (curves or {}).items(): axes[1].plot(np.linspace(.05, .95, len(c)), c, color=colours.get(name))

@@ -119,7 +119,7 @@ def _cell(
     if isinstance(value, float): return '' if value != value else f'{value:.3f}'.rstrip('0').rstrip('.') if abs(value) < 1e4 else f'{value:.4g}'
     return str(value)
 
-# %% ../../nbs/70_evaluation.report.ipynb #fef43d7e
+# %% ../../nbs/70_evaluation.report.ipynb #79df9acb
 def _html_table(
     block:dict, # a table block
 ) -> str: # HTML
@@ -132,7 +132,8 @@ def _html_table(
         return f'<td{mark}>{_inline(_cell(value))}</td>'
     rows = '\n'.join('<tr>' + ''.join(cell(c, v) for c, v in zip(df.columns, row)) + '</tr>' for row in df.itertuples(index=False))
     caption = f'<p class="caption">{_inline(block["caption"])}</p>' if block['caption'] else ''
-    wide = ' class="wide"' if 8 < len(df.columns) < 14 else ''                                   # lines may then be broken; larger ones are moved
+    n = len(df.columns)
+    wide = f' class="wide{" dense" if n > 10 else ""}"' if 8 < n < 14 else ''                      # lines may then be broken; larger ones are moved
     return f'<div class="card"><div class="scroll"><table{wide}><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>{caption}</div>'
 
 # %% ../../nbs/70_evaluation.report.ipynb #b5c34d00
