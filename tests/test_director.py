@@ -43,7 +43,7 @@ def test_a_flat_agent_has_no_goals(tmp_path):
 
 
 def test_the_bar_of_the_value_clock_is_kept(tmp_path):
-    agent, run = saved(tmp_path, 'behavior.director.clock=value')
+    agent, run = saved(tmp_path, 'behavior.director.clock=value', 'behavior.director.rate=.2')
     again = load_agent(run.checkpoints/'agent.ckpt')
     bar = again.behavior.bar(1)
     assert torch.equal(bar, agent.behavior.bar(1)) and not torch.isfinite(bar)        # one dream does not fill it

@@ -20,15 +20,15 @@ from .distributions import Bernoulli, Categorical, Gaussian, TwoHot, symexp_bins
 from .networks import mlp
 from .world_model import DreamerWorldModel
 
-# %% ../../nbs/28_dreamer.behavior.ipynb #f4d3f775
+# %% ../../nbs/28_dreamer.behavior.ipynb #b3efffa6
 @dataclass
 class DirectorConfig:
     "Managers above the actor, see `vta.director`."
     levels: int = at_least(2, 2) # the worker, which acts, and managers above it
     clock: str = choice('every', 'dynamics', 'value') # a manager chooses a new goal every so many steps, when its level of dynamics.name=hierarchy ticks, or when the critic's value has changed
     every: int = at_least(8, 1) # longest segment: manager l keeps a goal for at most `every**l` steps, whatever the clock says
-    rate: float = at_least(0.2, 0) # value: share of steps, those at which the value changes most, at which manager 1 ticks; manager l at `rate**l`; 0 = see threshold
-    threshold: float = at_least(0.02, 0) # value: smallest change that counts, in ranges of the returns (never below 1); with rate=0: change since the last tick that makes the next one
+    rate: float = at_least(0.0, 0) # value: share of steps, those at which the value changes most, at which manager 1 ticks; manager l at `rate**l`; 0 = a fixed amount decides
+    threshold: float = at_least(0.1, 0) # value: change since the last tick that makes the next one, in ranges of the returns (never below 1); with a rate: smallest change that counts
     space: str = choice('deter', 'feat') # what a goal is: memory alone (Director), or all features
     codes: int = at_least(8, 1) # variables of the code of a goal
     classes: int = at_least(8, 2) # values of each
