@@ -37,7 +37,7 @@ def colors(n, seed):
 
 
 def ball(n, seed):
-    "One big ball that changes its colour at the walls, before a grey wall, which the networks read as 0."
+    "One big ball that changes its colour at the walls, on a grey background, which the networks read as 0."
     data = big_ball(n, T, seed, size=SIZE, radius=4., speed=1., noise=.025)
     data['obs'][(data['obs'] == 0).all(-1)] = 128
     return data
@@ -67,7 +67,7 @@ def h(**settings): return [f'dynamics.hierarchy.{k}={v}' for k, v in settings.it
 
 COMMON = [*h(max_seg_len=0, max_duration=16, boundary_rate=.2, upper_kl=.1), 'scales.rep=.5', 'scales.dyn=.5', 'loop.lr=4e-3', 'loop.clip=1']
 LEARNED = [*COMMON, *h(boundary_gradient='leave_one_out', change='true', boundary_scale=10, explore=1)]
-CODES, SPARSITIES = (.1, .5, 2), (.1, 1, 3)                                              # what was searched
+CODES, SPARSITIES = (.1, .5, 2), (.1, 1, 3, 10, 30)                                       # what was searched
 
 
 def length(code): return [*LEARNED, *h(clock='length', code=code, boundary_scale=0), 'dynamics.latent=categorical', 'dynamics.stoch=4', 'dynamics.classes=8']
@@ -78,19 +78,20 @@ METHODS = {
     'learned': LEARNED,                                                                   # VTA-Dreamer, as it is meant to be used
     'equal_price': [*LEARNED, *h(upper_kl=1)],                                            # the same, a nat costs the same on both levels
     'straight_through': [*COMMON, *h(boundary_gradient='straight_through', max_seg_len=10)],     # VTA-Dreamer, the way of the seed
-    'length': length(.1),                                                                 # LOVE
-    'gate': gate(1),                                                                      # THICK
+    'length': length(2),                                                                  # LOVE
+    'gate': gate(10),                                                                     # THICK
     'fixed': [*COMMON, *h(clock='fixed', every=3, on_tick='keep')],                      # CW-VAE
     'oracle': [*COMMON, *h(clock='event', event_key='read')],
     'rssm': [*COMMON, *h(levels=1)],
+    'rssm_long': [*COMMON, *h(levels=1)],                                                 # for as many CPU seconds as `learned`
     'learned_3': [*LEARNED, *h(levels=3)],
     'fixed_3': [*COMMON, *h(clock='fixed', every=3, on_tick='keep', levels=3)],
     'informed': [*LEARNED, *h(event_key='value', event_change='true', signal_scale=100)],     # value-informed: the clock reads the change of a value estimate
     'value_event': [*COMMON, *h(clock='event', event_key='value', event_change='true', event_threshold=.35)],       # ticks where the estimate changes by more than .35
 }
 SEARCH = {f'length_{c}': length(c) for c in CODES} | {f'gate_{s}': gate(s) for s in SPARSITIES}
-STEPS = dict(colors=80, ball=180, planted=240)
-PLAIN = ('learned', 'length', 'gate', 'straight_through', 'fixed', 'rssm', 'learned_3', 'fixed_3', 'oracle', 'equal_price')
+STEPS, LONGER = dict(colors=80, ball=180, planted=240), dict(rssm_long=3)
+PLAIN = ('learned', 'length', 'gate', 'straight_through', 'fixed', 'rssm', 'rssm_long', 'learned_3', 'fixed_3', 'oracle', 'equal_price')
 RUNS = [*(f'{d}/{m}' for d in ('ball', 'colors') for m in PLAIN), *(f'planted/{m}' for m in ('learned', 'informed', 'value_event'))]
 SEARCHED = [f'{d}/{m}' for d in ('colors', 'ball') for m in SEARCH]
 
@@ -178,7 +179,7 @@ def config(name, method, seed, steps):
 def train(name, method, seed, steps=None, evals=4):
     "One run: the scores along the way and in the end, and the CPU seconds of its updates alone."
     from fastai.callback.core import Callback
-    cfg, pool, held = config(name, method, seed, steps or STEPS[name]), batch_of(name, 2000, [seed, 0]), batch_of(name, 200, [seed, 1])
+    cfg, pool, held = config(name, method, seed, (steps or STEPS[name])*LONGER.get(method, 1)), batch_of(name, 2000, [seed, 0]), batch_of(name, 200, [seed, 1])
     set_seed(seed)
     world, curve, spent, every = DreamerWorldModel(cfg), [], [0.], cfg.loop.steps//evals
     def batches(step):
