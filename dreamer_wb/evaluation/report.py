@@ -587,7 +587,7 @@ def joint_tables(
     known = list(dict.fromkeys(k for p in parts for k in p))
     return {k: pd.concat([p[k].assign(run=n)[['run', *p[k].columns]] for n, p in zip(names, parts) if k in p], ignore_index=True) for k in known}
 
-# %% ../../nbs/70_evaluation.report.ipynb #eca89de2
+# %% ../../nbs/70_evaluation.report.ipynb #32e29434
 def joint_report(
     runs:list, # of Run
 ) -> Report: # the page, not yet written
@@ -597,8 +597,9 @@ def joint_report(
     for name, table in joint_tables(runs).items():
         if name == 'gradcam': table = table[table['group'] == 'all']                       # each group is in the file
         if name == 'tcav': table = table[['run', 'model', 'concept', 'layer', 'sign', 'relative', 'auc', 'p_holm', 'verdict']]
+        n = table['run'].nunique()
         page.heading(titles.get(name, name.capitalize()))
-        page.table(table.astype(object).where(table.notna(), ''), f'From {table["run"].nunique()} runs; every column and row is in `tables/{name.replace(" ", "_")}.csv` and `.tex`.')
+        page.table(table.astype(object).where(table.notna(), ''), f'From {n} run{"s"*(n > 1)}; every column and row is in `tables/{name.replace(" ", "_")}.csv` and `.tex`.')
     page.heading('Pictures')
     for run in runs:
         looked = _evaluated(run)/'figures'
