@@ -254,7 +254,7 @@ def stacked(
     "One below the other."
     return Features(np.concatenate([p.x for p in parts]), np.concatenate([p.label for p in parts]), np.concatenate([p.place for p in parts]))
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #10797902
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #34856025
 def training_images(
     way: str,       # one of WAYS
     scenes: Scenes, # training images
@@ -269,8 +269,8 @@ def training_images(
     if 'masked' in way: scenes = scenes[scenes.masked()]
     obs = torch.cat([float_to_image(world.reconstruct(x)) for x in scenes.obs.split(200)]) if 'recon' in way else scenes.obs
     factual = [image_features(x, scenes.label, scenes.place) for x in (obs, obs.flip(-1))[:draws]]
-    if 'edits' not in way: return stacked(*factual * dict(copies=3).get(way, 1))
-    return stacked(*factual * ('+' in way), *_made(scenes, d, seed, draws))
+    if 'edits' in way: factual = [*factual * ('+' in way), *_made(scenes, d, seed, draws)]
+    return stacked(*factual * (3 if way == 'copies' else 1))
 
 def _made(scenes, d, seed, draws): # Features of do(0), do(1), of several draws; birds are searched for once
     if hasattr(d, 'find'):

@@ -52,11 +52,11 @@ class MaskNet(nn.Module):
         logits = self.logits(batch['obs']).float()
         return {'mask': F.binary_cross_entropy_with_logits(logits, batch['mask'].float(), reduction='none').mean((1, 2))[:, None]}, {}
 
-# %% ../../nbs/65_concepts.cutout.ipynb #ed695d1b
+# %% ../../nbs/65_concepts.cutout.ipynb #e3f19b93
 def train_mask_net(
     scenes: Scenes,      # images; those with a mask are learned from
     imagine: Edit = None,# a concept that means do; None: from the images alone
-    steps: int = 400,    # updates
+    steps: int = 250,    # updates
     seed: int = 0,       # of weights and order
     batch_size: int = 32,# images, half of them mirrored
 ) -> MaskNet: # in evaluation mode

@@ -87,7 +87,7 @@ def _stage_c() -> ConceptTrainConfig: # the preset `waterbirds_concept_cpu`
     "How edits are learned unless told otherwise."
     return compose(ConceptTrainConfig, ['experiment=waterbirds_concept_cpu'])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #885299ad
+# %% ../../nbs/77_evaluation.concepts.ipynb #c91a54d1
 @dataclass
 class ConceptsConfig:
     "Everything that `dreamer-wb concepts` reads."
@@ -103,7 +103,7 @@ class ConceptsConfig:
     images: int = at_least(600, 40) # held-out images on which edits are measured
     judge_images: int = at_least(3000, 80) # images that the judges are trained on
     draws: int = at_least(1, 1) # edits of a training image for each place; from 2 on also its mirror image
-    mask_steps: int = at_least(400, 1) # updates of the network that cuts birds out
+    mask_steps: int = at_least(250, 1) # updates of the network that cuts birds out
     head_steps: int = at_least(600, 1) # updates of a head on latents
     cnn_steps: int = at_least(380, 1) # updates of the small CNN
     looks_per_group: int = at_least(25, 4) # test images of each group for TCAV, Grad-CAM and corruptions

@@ -104,7 +104,8 @@ def main():
         if 'looks' in args.parts: timed('looks', s.look_all)
         s.write()
         for part in ('edits', 'classifiers'): done[part] = [r for r in done[part] if r['study'] != seed] + [dict(study=seed, **r) for r in s.done[part]]
-        done['settings'], done['judges'][str(seed)], done['cut'][str(seed)] = {k: v for k, v in s.done['settings'].items() if k not in ('data', 'seed')}, s.done['judges'], list(s.cut())
+        done['settings'], done['judges'][str(seed)] = {k: v for k, v in s.done['settings'].items() if k not in ('data', 'seed')}, s.done['judges']
+        if 'cut-out' in s.cfg.edits: done['cut'][str(seed)] = list(s.cut())
         write_json(args.out, done)
         print(run, 'done', flush=True)
 
