@@ -254,7 +254,7 @@ def stacked(
     "One below the other."
     return Features(np.concatenate([p.x for p in parts]), np.concatenate([p.label for p in parts]), np.concatenate([p.place for p in parts]))
 
-# %% ../../nbs/64_concepts.counterfactuals.ipynb #34856025
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #33002a23
 def training_images(
     way: str,       # one of WAYS
     scenes: Scenes, # training images
@@ -272,6 +272,7 @@ def training_images(
     if 'edits' in way: factual = [*factual * ('+' in way), *_made(scenes, d, seed, draws)]
     return stacked(*factual * (3 if way == 'copies' else 1))
 
+# %% ../../nbs/64_concepts.counterfactuals.ipynb #22262937
 def _made(scenes, d, seed, draws): # Features of do(0), do(1), of several draws; birds are searched for once
     if hasattr(d, 'find'):
         scenes, d = replace(scenes, mask=d.find(scenes.obs)), copy(d)
