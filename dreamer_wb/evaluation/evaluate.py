@@ -43,7 +43,7 @@ class EvaluateConfig:
     size: int = at_least(224, 8) # side of the pictures that it sees, pixels
     data_dir: str = '' # folder of episodes with val/ and test/; default: the data of the run
     out: str = '' # folder of the results; default: evaluate/ in the run, or runs/evaluate/<model>
-    models: List[str] = items() # only these classifiers of the run, e.g. [dreamer_mlp, small_cnn, cnn-cut_outs-0]; empty: all that `classify` has kept
+    models: List[str] = items() # only these classifiers of the run, e.g. [dreamer_mlp, small_cnn, cnn-cut_outs-0]; empty: all that classify has kept
     seed: int = at_least(0, 0) # of the classifiers of the run, and of all draws
     parts: List[str] = items('tcav', 'gradcam', 'corruptions') # what is measured
     concepts: List[str] = items('background', 'bird') # background, bird, or folders of images of one's own

@@ -567,7 +567,7 @@ def follow_goals(
 
 # %% ../../nbs/49_vta.director.ipynb #2393521a
 def goal_segments(
-    story: dict, # from `follow_goals`
+    story: dict, # from follow_goals
 ) -> list: # of dicts: start, stop (the step that ended it, or the last of the episode), before, after (resemblance to its goal), other (mean resemblance of the end to goals of other segments)
     "What became of every goal of level 1."
     starts = story['tick1'].nonzero().flatten().tolist()
@@ -581,7 +581,7 @@ def goal_segments(
 
 # %% ../../nbs/49_vta.director.ipynb #bb53c978
 def show_goals(
-    story: dict, # from `follow_goals`
+    story: dict, # from follow_goals
     n: int = 10, # segments, the first ones
 ): # matplotlib Figure
     "Every segment as a column: the state in which its goal was chosen, the goal (of higher managers too), and what was reached; with resemblances to the goal."
