@@ -484,7 +484,7 @@ def _concepts(
     if (figures/'recipes.png').exists(): report.figure(figures/'recipes.png', 'Worst group and adjusted average after each way of retraining.', 'concepts_recipes')
     if found.get('note'): report.text(found['note'], note=True)
 
-# %% ../../nbs/70_evaluation.report.ipynb #490cf1d4
+# %% ../../nbs/70_evaluation.report.ipynb #de1a315b
 def _agent(
     report:Report, # the page
     run:Run, # of an agent
@@ -495,7 +495,8 @@ def _agent(
     if not (run.path/'metrics.csv').exists(): return report.text('Not trained yet.', note=True)
     table = read_metrics(run)
     earned = table['eval_return'].dropna() if 'eval_return' in table else table['loss'][:0]
-    if len(earned): report.facts({'mean return of the last evaluation': f'{earned.iloc[-1]:.4g}', 'environment steps': f'{int(table["env_steps"].max()):,}'})
+    steps = f'{int(table["env_steps"].max()):,}' if 'env_steps' in table else 'none: learned from recorded episodes'
+    if len(earned): report.facts({'mean return of the last evaluation': f'{earned.iloc[-1]:.4g}', 'environment steps': steps})
     report.figure(plot_losses(run.metrics), 'Losses and returns during training. The films of its episodes are in the folder videos.', 'losses')
 
 # %% ../../nbs/70_evaluation.report.ipynb #500a8ca1
