@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'clear_bird', 'soft_mask', 'move_background', 'Edit', 'Donors', 'BackgroundEdit', 'ConceptShifter',
-           'edit_strip', 'plot_strips', 'LatentEdit', 'coordinates', 'WorldEdit', 'disagreement', 'agreement_mask',
-           'mask_iou', 'best_threshold', 'CutEdit', 'strip_film', 'concept_slider']
+           'edit_strip', 'plot_strips', 'bird_boxes', 'lay_birds', 'BirdDonors', 'SceneEdit', 'edit_grid', 'plot_grids',
+           'LatentEdit', 'coordinates', 'WorldEdit', 'disagreement', 'agreement_mask', 'mask_iou', 'best_threshold',
+           'CutEdit', 'strip_film', 'concept_slider']
 
-# %% ../../nbs/61_concepts.shifter.ipynb #aa932e75
+# %% ../../nbs/61_concepts.shifter.ipynb #1d269867
 import copy
 import io
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
+from .directions import CONCEPTS
 from ..core.runs import UserError
 from ..data.episodes import float_to_image, image_to_float
 
@@ -78,13 +81,13 @@ def move_background(
     place = torch.lerp(a, b, alpha.to(a)[..., None, None, None].expand(*alpha.shape, *a.shape[-3:]))
     return (m * bird + (1 - m) * place).round().to(torch.uint8)
 
-# %% ../../nbs/61_concepts.shifter.ipynb #4e6fd0e8
+# %% ../../nbs/61_concepts.shifter.ipynb #e8c434e2
 MEANINGS = ('do', 'shift')
 
 class Edit:
     "A concept; `alpha*edit` is the edit of that strength."
     alpha, __array_ufunc__ = 1., None                  # numpy: leave the multiplication to us
-    drawn = False                                      # whether the seed matters
+    drawn, labelled, width = False, False, 1           # whether the seed matters; whether labels are asked for; concepts, each with an alpha
 
     def __mul__(self, alpha):
         new = copy.copy(self)
@@ -92,8 +95,10 @@ class Edit:
         return new
     __rmul__ = __mul__
 
-    def strength(self, n): # (n,) float
-        a = torch.as_tensor(self.alpha, dtype=torch.float32).expand(n)
+    def strength(self, n): # (n,) float, or (n, width) for several concepts
+        a = torch.as_tensor(self.alpha, dtype=torch.float32)
+        try: a = a.expand(n) if self.width == 1 else a.expand(n, self.width)
+        except RuntimeError: raise UserError(f'alpha {tuple(a.shape)}: give a number, or one for each of {n} images{f" and {self.width} concepts" * (self.width > 1)}') from None
         if not ((a >= 0) & (a <= 1)).all(): raise UserError(f'alpha={self.alpha}: the strength of an edit is from 0 to 1')
         return a
 
@@ -143,7 +148,7 @@ class BackgroundEdit(Edit):
         if mask is None: raise UserError('BackgroundEdit: needs the mask of each bird; without masks use a LatentEdit or a WorldEdit')
         return move_background(obs, mask, *self.ends(obs, place, seed), self.strength(len(obs)), self.edge)
 
-# %% ../../nbs/61_concepts.shifter.ipynb #e6f6ecd3
+# %% ../../nbs/61_concepts.shifter.ipynb #5a4b9fd9
 class ConceptShifter:
     "An edit of some strength: `ConceptShifter(alpha*d)(x)`."
     def __init__(self,
@@ -157,17 +162,18 @@ class ConceptShifter:
         mask: Tensor = None,   # (N, H, W) bool, the birds, for an exact edit
         place: Tensor = None,  # (N,) place that each image has: 0 land, 1 water, -1 unknown; a shift needs it
         seed: int = 0,         # of the draw of donors
+        label: Tensor = None,  # (N,) bird that each image shows: 0 land bird, 1 water bird; an edit of the bird needs it
     ) -> Tensor: # like the input
         if x.is_floating_point(): return self.edit.move(x, place)
         if x.ndim != 4 or x.dtype != torch.uint8: raise UserError(f'images {tuple(x.shape)} {x.dtype}: expected (N, 3, H, W) uint8, or float latents (N, S)')
-        return self.edit.apply(x, mask=mask, place=place, seed=seed)
+        return self.edit.apply(x, mask=mask, place=place, seed=seed, **dict(label=label) if self.edit.labelled else {})
 
-# %% ../../nbs/61_concepts.shifter.ipynb #b0cca067
+# %% ../../nbs/61_concepts.shifter.ipynb #e6e40719
 def edit_strip(
     d: Edit,        # a concept
     obs: Tensor,    # (N, 3, H, W) uint8
     alphas = (0., .25, .5, .75, 1.), # strengths
-    **known,        # mask, place, seed, see ConceptShifter
+    **known,        # mask, place, seed, label, see ConceptShifter
 ) -> Tensor: # (N, A, 3, H, W) uint8
     "The same images at several strengths; donors stay the same along a strip."
     return torch.stack([ConceptShifter(float(a) * d)(obs, **known) for a in alphas], 1)
@@ -181,6 +187,130 @@ def plot_strips(
     from dreamer_wb.dreamer.world_model import image_rows, show_picture
     gap = torch.full_like(obs[:1, :, :, :obs.shape[-1]], 255)
     return show_picture(image_rows(*(torch.cat([o[None], gap, s]) for o, s in zip(obs, strips))), title)
+
+# %% ../../nbs/61_concepts.shifter.ipynb #943e4a13
+def bird_boxes(
+    mask: Tensor, # (N, H, W) bool, none of them empty
+) -> Tensor: # (N, 4) float: left, right, top, bottom in pixels
+    "The frame around every bird."
+    def ends(m): # (N, L) bool -> first and one behind the last
+        return m.float().argmax(1), m.shape[1] - m.flip(1).float().argmax(1)
+    return torch.stack([*ends(mask.any(1)), *ends(mask.any(2))], 1).float()
+
+# %% ../../nbs/61_concepts.shifter.ipynb #49a6138c
+def lay_birds(
+    obs: Tensor,  # (N, 3, H, W) uint8, with the birds
+    mask: Tensor, # (N, H, W) bool, the birds
+    spot: Tensor, # (N, 4) frames to stand in, see bird_boxes
+    turn: Tensor, # (N,) bool, mirror it
+) -> tuple: # (N, 3, H, W) uint8, (N, H, W) bool
+    "Birds, scaled to the area of a frame and moved to its bottom; inside the picture."
+    (H, W), box = mask.shape[1:], bird_boxes(mask)
+    wide, high, low = box[:, 1] - box[:, 0], box[:, 3] - box[:, 2], spot[:, 3]
+    area = (spot[:, 1] - spot[:, 0]) * (spot[:, 3] - spot[:, 2])
+    scale = torch.stack([(area / (wide * high)).sqrt(), W / wide, low / high]).amin(0)
+    middle = (spot[:, 0] + spot[:, 1]) / 2
+    middle = torch.minimum(torch.maximum(middle, scale * wide / 2), W - scale * wide / 2)
+    sign, unit = torch.where(turn, -1., 1.), lambda x, n: 2 * x / n - 1                          # pixels to [-1, 1]
+    theta = torch.zeros(len(obs), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = sign / scale, 1 / scale
+    theta[:, 0, 2] = unit((box[:, 0] + box[:, 1]) / 2, W) - sign / scale * unit(middle, W)
+    theta[:, 1, 2] = unit(box[:, 3], H) - unit(low, H) / scale
+    layers = torch.cat([obs.float(), 255. * mask[:, None]], 1)
+    out = F.grid_sample(layers, F.affine_grid(theta, layers.shape, align_corners=False), align_corners=False)
+    return out[:, :3].round().to(torch.uint8), out[:, 3] > 127.5
+
+# %% ../../nbs/61_concepts.shifter.ipynb #4d3aa3c3
+class BirdDonors:
+    "Birds, to be drawn by family; raises `UserError` if one of the two is missing."
+    def __init__(self,
+        obs: Tensor,   # (N, 3, H, W) uint8
+        mask: Tensor,  # (N, H, W) bool, none of them empty
+        label: Tensor, # (N,) 0 land bird, 1 water bird
+    ):
+        self.obs, self.mask, label = obs, mask, torch.as_tensor(label)
+        self.families = [torch.nonzero(label == k)[:, 0] for k in (0, 1)]
+        for k, name in enumerate(('land', 'water')):
+            if not len(self.families[k]): raise UserError(f'donors: none of the {len(obs)} pictures with a mask shows a {name} bird; give more pictures')
+
+    def draw(self, obs, mask, family, rng, tries=8): # family (N,) ints -> (N, 3, H, W) uint8, (N, H, W) bool: of several, the most alike
+        n, family = len(obs), np.asarray(family)
+        pick = torch.stack([self.families[k][torch.from_numpy(rng.integers(len(self.families[k]), size=tries))] for k in family]).flatten()
+        again = torch.arange(n).repeat_interleave(tries)
+        x, m = lay_birds(self.obs[pick], self.mask[pick], bird_boxes(mask)[again], torch.from_numpy(rng.random(n * tries) < .5))
+        cut = lambda x, m: torch.cat([x.float() / 255, torch.ones_like(m)[:, None]], 1) * m[:, None]   # colours and outline, 0 outside
+        error = (cut(x, m) - cut(obs, mask)[again]).square().flatten(1).sum(1).view(n, tries)
+        best = torch.arange(n) * tries + error.argmin(1)
+        return x[best], m[best]
+
+# %% ../../nbs/61_concepts.shifter.ipynb #4baa1092
+class SceneEdit(Edit):
+    "The exact edit of several concepts. Needs masks, and labels for the bird."
+    drawn, labelled, meaning = True, True, 'do'
+    def __init__(self,
+        donors: Donors,       # where places come from
+        birds: BirdDonors,    # where birds come from
+        concepts = tuple(CONCEPTS), # what each alpha edits
+        edge: int = 1,        # width of the soft edge in pixels
+    ):
+        if not concepts or set(concepts) - set(CONCEPTS) or len(set(concepts)) < len(concepts): raise UserError(f'concepts={list(concepts)}: choose from {", ".join(CONCEPTS)}, each at most once')
+        self.donors, self.birds, self.concepts, self.edge, self.width = donors, birds, tuple(concepts), edge, len(concepts)
+
+    def ends(self, obs, mask, label, seed): # at alpha 0 and 1: two places (N, 3, H, W), two birds (N, 3, H, W) with two masks (N, H, W)
+        rng, n = np.random.default_rng(seed), len(obs)
+        places = [self.donors.draw([k] * n, rng) for k in (0, 1)] if 'background' in self.concepts else [clear_bird(obs, mask)] * 2
+        if 'bird' not in self.concepts: return places, [obs] * 2, [mask] * 2
+        other, other_mask = self.birds.draw(obs, mask, 1 - label, rng)
+        return places, *([torch.where((label == k).view(-1, *[1] * (own.ndim - 1)), own, new) for k in (0, 1)] for own, new in ((obs, other), (mask, other_mask)))
+
+# %% ../../nbs/61_concepts.shifter.ipynb #a4b4b44e
+@patch
+def blend(self: SceneEdit,
+    obs: Tensor,   # (N, 3, H, W) uint8
+    mask: Tensor,  # (N, H, W) bool
+    label: Tensor, # (N,) 0 or 1
+    alpha: Tensor, # (N, T, A)
+    seed: int = 0, # of the draw of donors
+) -> tuple: # (N, T, 3, H, W) uint8, (N, T, H, W) bool: all birds that are seen
+    "Several edits of each image, with the same donors."
+    places, birds, masks = self.ends(obs, mask, label, seed)
+    part = {k: alpha[..., i] for i, k in enumerate(self.concepts)}
+    water, bird = part.get('background', torch.zeros(alpha.shape[:2])), part.get('bird', torch.zeros(alpha.shape[:2]))
+    a, b = (move_background(x, m, *places, water, self.edge).float() for x, m in zip(birds, masks))
+    shown = masks[0][:, None] & (bird < 1)[..., None, None] | masks[1][:, None] & (bird > 0)[..., None, None]
+    return torch.lerp(a, b, bird[..., None, None, None]).round().to(torch.uint8), shown
+
+@patch
+def apply(self: SceneEdit, obs, mask=None, place=None, seed=0, label=None):
+    if mask is None: raise UserError('SceneEdit: needs the mask of each bird; without masks use a WorldEdit')
+    if 'bird' in self.concepts and (label is None or (label < 0).any()): raise UserError('SceneEdit: the bird stays if it is of the family that is asked for, so it must be told the label of each image')
+    return self.blend(obs, mask, label, self.strength(len(obs)).reshape(len(obs), 1, -1), seed)[0][:, 0]
+
+# %% ../../nbs/61_concepts.shifter.ipynb #eca6b0b3
+def edit_grid(
+    d: Edit,       # two concepts
+    obs: Tensor,   # (N, 3, H, W) uint8
+    alphas = (0., .5, 1.), # strengths of each
+    **known,       # mask, place, seed, label, see ConceptShifter
+) -> Tensor: # (N, A, A, 3, H, W) uint8: the second concept down, the first to the right
+    "The same images at all pairs of strengths."
+    if d.width != 2: raise UserError(f'edit_grid: needs two concepts, this edit has {d.width}')
+    pairs = [torch.tensor([float(a), float(b)]) for b in alphas for a in alphas]
+    return torch.stack([ConceptShifter(p * d)(obs, **known) for p in pairs], 1).unflatten(1, (len(alphas), len(alphas)))
+
+def plot_grids(
+    obs: Tensor,   # (N, 3, H, W) uint8, the factual images
+    grids: Tensor, # (N, A, A, 3, H, W) uint8
+    title: str = '', # above the picture
+): # matplotlib Figure
+    "Side by side: each image above its grid."
+    from dreamer_wb.dreamer.world_model import image_rows, show_picture
+    n, a = grids.shape[:2]
+    gap = torch.full((3, obs.shape[-2], obs.shape[-1] // 4), 255, dtype=torch.uint8)
+    def row(i, j): # one row of all grids, or the images above them
+        parts = [[*g[j], gap] if j >= 0 else [torch.full_like(o, 255)] * (a // 2) + [o] + [torch.full_like(o, 255)] * (a - 1 - a // 2) + [gap] for o, g in zip(obs, grids)]
+        return torch.cat([x for p in parts for x in p][:-1], -1)
+    return show_picture(torch.cat([row(0, j) for j in range(-1, a)], -2).permute(1, 2, 0).numpy(), title)
 
 # %% ../../nbs/61_concepts.shifter.ipynb #d645a702
 class LatentEdit(Edit):
@@ -220,7 +350,7 @@ def coordinates(
     along = z @ (u / u.norm())
     return tuple(along[place == k].mean().item() for k in (0, 1))
 
-# %% ../../nbs/61_concepts.shifter.ipynb #6488686d
+# %% ../../nbs/61_concepts.shifter.ipynb #9d634a21
 class WorldEdit(Edit):
     "Encode, imagine the action, decode."
     def __init__(self,
@@ -228,23 +358,24 @@ class WorldEdit(Edit):
         meaning: str = 'do',  # what alpha meant in its training: 'do' or 'shift'
         repeat: int = 1,      # take the same action so many times
     ):
-        self.world, self.meaning, self.repeat = world, _meaning(meaning), repeat
+        self.world, self.meaning, self.repeat, self.width = world, _meaning(meaning), repeat, world.cfg.action_dim
 
     @torch.no_grad()
     def imagine(self, obs): # (N, 3, H, W) uint8 -> features (N, F) after the action
-        actions = self.strength(len(obs)).to(obs.device)[:, None, None].expand(-1, self.repeat, 1)
+        actions = self.strength(len(obs)).to(obs.device).reshape(len(obs), 1, -1).expand(-1, self.repeat, -1)   # (N, repeat, width)
         return self.world.rollout(self.world.encoder(obs), actions=actions)[:, -1]
 
     @torch.no_grad()
     def apply(self, obs, mask=None, place=None, seed=0): return float_to_image(self.world.decoder(self.imagine(obs)))
 
-# %% ../../nbs/61_concepts.shifter.ipynb #90759ab0
+# %% ../../nbs/61_concepts.shifter.ipynb #5c167762
 def disagreement(
     d: Edit,     # a concept that means do
     obs: Tensor, # (N, 3, H, W) uint8
     chunk: int = 200 # images at a time
 ) -> Tensor: # (N, H, W) float, 0 to 255
     "How far do(0) and do(1) are from one another in every pixel, averaged over colours and 3x3 pixels."
+    if d.width > 1: raise UserError(f'disagreement: {d.width} concepts; a mask is what one of them, the background, leaves alone')
     if d.meaning != 'do': raise UserError('disagreement: compares do(land) and do(water); this edit means shift')
     gaps = [(ConceptShifter(0. * d)(x).float() - ConceptShifter(1. * d)(x).float()).abs().mean(1, keepdim=True) for x in obs.split(chunk)]
     return F.avg_pool2d(torch.cat(gaps), 3, 1, 1, count_include_pad=False)[:, 0]
