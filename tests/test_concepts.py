@@ -103,7 +103,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-FAST = ['train.loop={steps: 2, eval_every: 2, progress: false, tensorboard: false}', 'train.batch_size=4', 'train.latent_steps=5', 'images=40', 'judge_images=80', 'head_steps=10',
+FAST = ['train.loop={steps: 2, eval_every: 2, progress: false, tensorboard: false}', 'train.batch_size=4', 'train.latent_steps=5', 'images=40', 'judge_images=80', 'head_steps=10', 'resnet18_steps=2',
         'models=[mlp]', 'progress=false']
 
 
@@ -121,16 +121,19 @@ def test_the_command_goes_on_where_it_was(finished):
     assert not main(args)
     again = read_json(file)
     assert again['edits'] == whole['edits'] and sorted(map(str, again['classifiers'])) == sorted(map(str, whole['classifiers']))
+    assert not main(['concepts', f'run={run}', *FAST, 'parts=[retrain]', 'recipes=[as is]', 'models=[resnet18]'])
+    row = read_json(file)['classifiers'][-1]
+    assert row['model'] == 'resnet18' and 0 <= row['worst'] <= row['adjusted'] <= 1 and 'ResNet-18' in (run/'report.md').read_text()
 
 
 @pytest.mark.parametrize('more, words', [
     (['recipes=[world modell]'], 'did you mean `world model`'), (['models=[resnet]'], 'models: no `resnet`'), (['seeds=[]'], 'at least one'), (['severity=9'], 'from 1 to 5'),
-    (['data_dir=nowhere'], 'no train/ in there'), (['images=80'], 'images=40, now 80'), (['train.meaning=shift'], 'train.meaning=shift')])
+    (['data_dir=nowhere'], 'no train/ in there'), (['images=80'], 'images=40, now 80'), (['draws=3'], 'draws=1, now 3'), (['train.meaning=shift'], 'train.meaning=shift')])
 def test_what_the_command_refuses(finished, capsys, more, words):
     "One line, and exit status 2."
     folder = finished/'refused'
     folder.mkdir(exist_ok=True)
-    settings = dict(seed=0, images=40, judge_images=80, head_steps=10, cnn_steps=380, looks_per_group=25, severity=3, masks=1., steps=2, data=str(finished/'stills'))
+    settings = dict(seed=0, images=40, judge_images=80, head_steps=10, cnn_steps=380, resnet18_steps=2, looks_per_group=25, severity=3, masks=1., steps=2, data=str(finished/'stills'))
     write_json(folder/'results.json', dict(settings=settings, edits=[], classifiers=[], judges=None))
     assert main(['concepts', f'run={finished}/runs/demo/a', f'out={folder}', *FAST, *more]) == 2
     said = capsys.readouterr().err.strip()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'RECIPES', 'PARTS', 'KEEPS', 'MEASURED', 'LOOKS', 'COSTS', 'EXPLAINED', 'Recipe', 'ConceptsConfig',
-           'check_concepts', 'Study', 'edit_table', 'classifier_table', 'plot_recipes', 'update_seconds', 'concepts']
+           'check_concepts', 'Study', 'edit_table', 'classifier_table', 'plot_recipes', 'in_turn', 'concepts']
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #c96d4f28
 import dataclasses
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #b43bf0dd
+# %% ../../nbs/77_evaluation.concepts.ipynb #308f8d73
 from ..classifier.compare import few_threads, to_markdown
 from ..classifier.latents import balanced_draw
 from ..classifier.metrics import group_counts, seed_interval
-from ..concepts.counterfactuals import (MODELS, Judges, edit_report, edited, encode_rows, errors_removed, even_classes, image_features, plot_examples, retrain, robustness, stacked,
+from ..concepts.counterfactuals import (IMAGE_MODELS, MODELS, Judges, edit_report, edited, encode_rows, errors_removed, even_classes, image_features, plot_examples, rebuild, retrain, robustness, stacked,
                                                  train_judges, training_images)
 from ..concepts.cutout import MaskNet, NetCut, train_mask_net
 from ..concepts.directions import EncoderHead
@@ -87,7 +87,7 @@ def _stage_c() -> ConceptTrainConfig: # the preset `waterbirds_concept_cpu`
     "How edits are learned unless told otherwise."
     return compose(ConceptTrainConfig, ['experiment=waterbirds_concept_cpu'])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #c91a54d1
+# %% ../../nbs/77_evaluation.concepts.ipynb #9d73a110
 @dataclass
 class ConceptsConfig:
     "Everything that `dreamer-wb concepts` reads."
@@ -97,7 +97,7 @@ class ConceptsConfig:
     parts: List[str] = items('edits', 'retrain', 'looks') # what is done after the world model has learned the edit
     edits: List[str] = items(*EDITS) # kinds of edits that are measured
     recipes: List[str] = items(*RECIPES) # ways of retraining
-    models: List[str] = items('mlp', 'cnn') # what is retrained: linear or mlp (heads on latents), cnn (on images)
+    models: List[str] = items('mlp', 'cnn') # what is retrained: linear or mlp (heads on latents), cnn or resnet18 (on images)
     seeds: List[int] = items(0) # of the classifiers; three or more give intervals
     seed: int = at_least(0, 0) # of everything else
     images: int = at_least(600, 40) # held-out images on which edits are measured
@@ -105,15 +105,18 @@ class ConceptsConfig:
     draws: int = at_least(1, 1) # edits of a training image for each place; from 2 on also its mirror image
     mask_steps: int = at_least(250, 1) # updates of the network that cuts birds out
     head_steps: int = at_least(600, 1) # updates of a head on latents
-    cnn_steps: int = at_least(380, 1) # updates of the small CNN
+    cnn_steps: int = at_least(380, 1) # updates of the small CNN, 128 images each
+    resnet18_steps: int = at_least(300, 1) # updates of the ResNet-18, 32 images each
     looks_per_group: int = at_least(25, 4) # test images of each group for TCAV, Grad-CAM and corruptions
     severity: int = at_least(3, 1) # of the corruptions, at most 5
     train: ConceptTrainConfig = field(default_factory=lambda: deepcopy(_stage_c())) # keys of `dreamer-wb train experiment=waterbirds_concept`
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
     progress: bool = True # show progress bars
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #ec88f3fb
+# %% ../../nbs/77_evaluation.concepts.ipynb #1a7e2be2
 PARTS = 'edits', 'retrain', 'looks'
+KEEPS = 'seed', 'images', 'judge_images', 'draws', 'mask_steps', 'head_steps', 'cnn_steps', 'resnet18_steps', 'looks_per_group', 'severity'   # what rows of one folder have in common
+_ONCE = dict(draws=1, mask_steps=250, resnet18_steps=300)   # of folders written before these could be chosen
 
 def check_concepts(
     cfg: ConceptsConfig, # what was asked for
@@ -129,9 +132,7 @@ def check_concepts(
     if cfg.train.meaning != 'do': raise UserError('train.meaning=shift: this command compares do(land) and do(water); train shifts with `dreamer-wb train experiment=waterbirds_concept_cpu meaning=shift`')
     return check_values(cfg)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #af1f56e0
-KEEPS = 'seed', 'images', 'judge_images', 'draws', 'mask_steps', 'head_steps', 'cnn_steps', 'looks_per_group', 'severity'   # what rows of one folder have in common
-
+# %% ../../nbs/77_evaluation.concepts.ipynb #36dd6128
 class Study:
     "What all parts of one study share; parts are made when they are asked for."
     def __init__(self,
@@ -144,8 +145,9 @@ class Study:
         self.file = self.folder/'results.json'
         keep = {k: getattr(cfg, k) for k in KEEPS} | dict(masks=cfg.train.masks, steps=cfg.train.loop.steps, data=str(self.data))
         self.done = read_json(self.file) if self.file.exists() else dict(settings=keep, edits=[], classifiers=[], judges=None)
+        self.done['settings'] = _ONCE | self.done['settings']
         for k, v in keep.items():
-            if self.done['settings'].get(k, v) != v: raise UserError(f'{self.folder}: holds a study with {k}={self.done["settings"].get(k)}, now {v}; give another out, or the same value')
+            if (was := self.done['settings'][k]) != v: raise UserError(f'{self.folder}: holds a study with {k}={was}, now {v}; give another out, or the same value')
 
     @cached_property
     def scenes(self): # {split: Scenes}; of the training images, all masks
@@ -306,9 +308,9 @@ def save(self: Study,
     with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', dpi=100)
     plt.close(fig)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #4746249c
+# %% ../../nbs/77_evaluation.concepts.ipynb #efe99d92
 @patch
-def _tests(self: Study, form): # 'cnn' or 'latent' -> validation, test, (birds on land, birds on water), as images or as latents
+def _tests(self: Study, form): # 'image' or 'latent' -> validation, test, (birds on land, birds on water), as images or as latents
     "What classifiers are chosen and tested on."
     if hasattr(self, '_kept'): return self._kept[form]
     test, moved = self.scenes['test'], ()
@@ -318,7 +320,7 @@ def _tests(self: Study, form): # 'cnn' or 'latent' -> validation, test, (birds o
         moved = tuple(image_features(edited(self.edit('exact'), some, p, 7 + p), some.label, p) for p in (0, 1))
     images = [image_features(s.obs, s.label, s.place) for s in (self.scenes['val'], test)]
     def read(x): return encode_rows(self.world, x)
-    self._kept = dict(cnn=(*images, moved), latent=(*map(read, images), tuple(map(read, moved))))
+    self._kept = dict(image=(*images, moved), latent=(*map(read, images), tuple(map(read, moved))))
     return self._kept[form]
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #ed91cb89
@@ -336,33 +338,27 @@ def rows_for(self: Study,
     else: made = make(how.rows)
     return even_classes(made, seed) if how.even else made
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #05f5283c
+# %% ../../nbs/77_evaluation.concepts.ipynb #1e83e645
 @patch
 def classifier(self: Study,
-    model: str,  # 'linear', 'mlp' or 'cnn'
+    model: str,  # a key of MODELS
     recipe: str, # a key of RECIPES
     seed: int,   # of weights and order
     rows=None,   # Features of images, or of their latents for a head; None if it was trained before
 ): # trained network, of images or latents
     "Train, or read what was trained."
     file = self.folder/'cells'/f'{model}-{"".join(c if c.isalnum() else "_" for c in recipe)}-{seed}.pt'
-    if file.exists(): return self._opened(model, torch.load(file, weights_only=True))
-    val = self._tests('cnn' if model == 'cnn' else 'latent')[0]
-    net = retrain(rows, val, model, RECIPES[recipe].method, 1000 * self.cfg.seed + seed,
-                  self.cfg.cnn_steps if model == 'cnn' else self.cfg.head_steps)
+    if file.exists(): return rebuild(model, torch.load(file, weights_only=True), self.scenes['train'].obs.shape[-1])
+    val = self._tests(_form(model))[0]
+    net = retrain(rows, val, model, RECIPES[recipe].method, 1000 * self.cfg.seed + seed, self._steps(model))
     with atomic_write(file) as f: torch.save(net.state_dict(), f)
     return net.eval()
 
 @patch
-def _opened(self: Study, model, state):
-    "A network with these weights."
-    from dreamer_wb.classifier.models import Standardize, linear_head, mlp_head, small_cnn
-    if model == 'cnn': net = small_cnn(self.scenes['train'].obs.shape[-1])
-    else: net = torch.nn.Sequential(Standardize(torch.zeros(2, len(state['0.mean']))), *dict(linear=linear_head, mlp=mlp_head)[model](len(state['0.mean'])))
-    net.load_state_dict(state)
-    return net.eval()
+def _steps(self: Study, model): return getattr(self.cfg, f'{model}_steps' if model in IMAGE_MODELS else 'head_steps') # updates
+def _form(model): return 'image' if model in IMAGE_MODELS else 'latent'
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #f5dc2543
+# %% ../../nbs/77_evaluation.concepts.ipynb #7185220b
 @patch
 def retrain_all(self: Study) -> list: # rows, one for each model, recipe and seed
     "Train and test every classifier that is asked for and not there yet."
@@ -371,14 +367,14 @@ def retrain_all(self: Study) -> list: # rows, one for each model, recipe and see
     made = (None, None)
     for w, m, s in progress(todo, 'classifiers', self.cfg.progress and None):
         if made[0] != w: made = w, dict(image=self.rows_for(w))
-        form = 'image' if m == 'cnn' else 'latent'
+        form = _form(m)
         if form not in made[1]: made[1]['latent'] = encode_rows(self.world, made[1]['image'])
-        _, test, moved = self._tests('cnn' if m == 'cnn' else 'latent')
+        _, test, moved = self._tests(form)
         net = self.classifier(m, w, s, made[1][form])
-        self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1]['image'])) | robustness(net, test, moved, self.counts))
+        self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1]['image'])) | robustness(net, test, moved, self.counts, 'auto' if form == 'image' else 'off'))
     return self.done['classifiers']
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #aa4f1af7
+# %% ../../nbs/77_evaluation.concepts.ipynb #7ebd07e6
 @patch
 def _looked(self: Study): # test images for the looks: Features and masks
     from dreamer_wb.evaluation.corruptions import stratified
@@ -397,19 +393,19 @@ def look(self: Study,
     (x, masks), train = self._looked(), self.scenes['train'].obs
     birds = x.x[x.label == 1]
     layer, pool = tcav_layers(net, birds[:8])[-1:], train[torch.from_numpy(np.random.default_rng(self.cfg.seed).permutation(len(train))[:200])].numpy()
-    water = tcav(net, layer, birds, concept_sets(['background'], self._tests('cnn')[0]), pool, 1, runs=10, nulls=39, seed=self.cfg.seed).iloc[0]
+    water = tcav(net, layer, birds, concept_sets(['background'], self._tests('image')[0]), pool, 1, runs=10, nulls=39, seed=self.cfg.seed).iloc[0]
     found = dict(tcav_layer=layer[0], tcav=float(water['relative']), tcav_sign=float(water['sign']))
     if not masks.any((1, 2)).all(): return found
     return found | {k: float(v.mean()) for k, v in localisation(cam_maps(net, x.x), masks).items() if k in ('energy', 'pointing', 'area_iou')}
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #b5766b5e
+# %% ../../nbs/77_evaluation.concepts.ipynb #a7df2d35
 @patch
 def look_all(self: Study) -> list: # rows
     "Look into all classifiers of the first seed."
     seed = self.cfg.seeds[0]
     wanted = {f'{r["model"]}: {r["recipe"]}': r for r in self.done['classifiers'] if r['seed'] == seed and r['recipe'] in self.cfg.recipes and 'tcav' not in r and r['model'] != 'linear'}
     nets = {k: self.classifier(r['model'], r['recipe'], seed) for k, r in wanted.items()}
-    nets = {k: net if wanted[k]['model'] == 'cnn' else EncoderHead(self.world, net).eval() for k, net in nets.items()}
+    nets = {k: net if wanted[k]['model'] in IMAGE_MODELS else EncoderHead(self.world, net).eval() for k, net in nets.items()}
     found = {k: self.look(nets[k]) for k in progress(list(nets), 'looks', self.cfg.progress and None)}
     for part in (found, self._corrupted(nets) if nets else {}):
         for k, row in part.items(): wanted[k].update(plain(row))
@@ -448,12 +444,12 @@ def edit_table(
     several = {e: [r for r in rows if r['edit'] == e] for e in dict.fromkeys(r['edit'] for r in rows)}
     return pd.DataFrame([dict(edit=e) | {k: _over(x, *v) for k, v in MEASURED.items()} for e, x in several.items()])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #ac51580c
+# %% ../../nbs/77_evaluation.concepts.ipynb #c363ed2c
 LOOKS = {'water speaks for a water bird': ('tcav', 1, 1), 'map on the bird': ('energy', 1, 100), 'area IoU': ('area_iou', 2, 1), 'corrupted': ('corrupted', 1, 100), 'corrupted, worst': ('corrupted_worst', 1, 100)}
 
 def classifier_table(
     rows: list, # of Study.retrain_all, of one study or several
-    model: str, # 'linear', 'mlp' or 'cnn'
+    model: str, # a key of MODELS
 ): # DataFrame of words
     "One row for each recipe; errors removed are those of the worst group, compared with `as is`."
     import pandas as pd
@@ -486,26 +482,10 @@ def plot_recipes(
     axes[0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #821ac4e0
-COSTS = dict(latents=.85, pictures=.045, drawing=.06, judging=1., masks=1.3, measuring=.3, editing=.02, head=.05, looking=1.) # in updates of the small CNN: per update, image …
+# %% ../../nbs/77_evaluation.concepts.ipynb #9cbb639b
+COSTS = dict(latents=.85, pictures=.045, drawing=.06, judging=1., masks=1.3, measuring=.3, editing=.02, head=.05, cnn=1.2, resnet18=6., looking=1.) # in updates of the small CNN: per update, image …
 
-def update_seconds(
-    size: int, # of the images in pixels
-    times: int = 3, # the fastest of so many
-) -> float:
-    "Seconds of one update of the small CNN on 128 images."
-    import time
-    from dreamer_wb.classifier.models import small_cnn
-    net, x, seconds = small_cnn(size).train(), torch.zeros(128, 3, size, size, dtype=torch.uint8), []
-    opt = torch.optim.AdamW(net.parameters())
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        net(x).square().mean().backward()
-        opt.step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-# %% ../../nbs/77_evaluation.concepts.ipynb #b9cbbcbd
+# %% ../../nbs/77_evaluation.concepts.ipynb #a84e9696
 @patch
 def work_left(self: Study) -> dict: # {part: in updates of the small CNN}
     "What is not there yet."
@@ -520,10 +500,26 @@ def work_left(self: Study) -> dict: # {part: in updates of the small CNN}
     left['masks'] = sum(cfg.mask_steps * c['masks'] for k in nets if not (self.folder/'cells'/f'mask_{k}.pt').exists())
     left['edits'] = len(new) * cfg.images * c['measuring']
     made = {w for _, w, _ in cells if RECIPES[w].edit}
-    left['classifiers'] = len(made) * n * 2 * cfg.draws * c['editing'] + sum(1.2 * cfg.cnn_steps if m == 'cnn' else cfg.head_steps * c['head'] for m, _, _ in cells)
+    left['classifiers'] = len(made) * n * 2 * cfg.draws * c['editing'] + sum(self._steps(m) * c[m if m in IMAGE_MODELS else 'head'] for m, _, _ in cells)
     seen = [r for r in self.done['classifiers'] if 'tcav' in r]
     if 'looks' in cfg.parts: left['looks'] = max(0, len(cfg.recipes) * sum(m != 'linear' for m in cfg.models) - len(seen)) * 4 * cfg.looks_per_group * c['looking']
     return {k: float(v) for k, v in left.items() if v}
+
+# %% ../../nbs/77_evaluation.concepts.ipynb #6d4d8986
+def in_turn(
+    study: Study, # or whatever has work_left
+    stages: dict, # {name: what to call}
+    say = print   # where lines go
+):
+    "Call one stage after the other; say after each how long the rest will take at the pace so far."
+    import time
+    left, done, spent = sum(study.work_left().values()), 0., 0.
+    for name, stage in stages.items():
+        start = time.monotonic()
+        stage()
+        now, took = sum(study.work_left().values()), time.monotonic() - start
+        done, spent, left = done + left - now, spent + took, now
+        if took > 1 and done: say(f'{name}: {took:.0f} s' + (f', then about {left * spent / done:.0f} s more' if left else ''), flush=True)
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #8d5d29da
 EXPLAINED = '''*worst group*, *adjusted*: per cent right on the test set. *changed by a swap*: how many predictions change when the bird is laid over land and over water. *errors removed*: per cent of the errors in the worst group that are gone, compared with "as is".
@@ -543,7 +539,7 @@ def write(self: Study):
     write_json(self.file, done | dict(explained=EXPLAINED.split('\n'), config=to_dict(self.cfg)))
     with atomic_write(self.folder/'summary.md', 'w') as f: f.write('\n\n'.join(['# Concepts', *parts, ' '.join(EXPLAINED.split()), done.get('note', '')]).strip() + '\n')
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #5325c1fb
+# %% ../../nbs/77_evaluation.concepts.ipynb #c88dead6
 def concepts(
     cfg: ConceptsConfig, # everything that `dreamer-wb concepts` reads
 ) -> Path: # folder of the results
@@ -552,11 +548,8 @@ def concepts(
     study = Study(cfg)
     study.run.lock()
     with study.run.stage('concepts') as facts, few_threads(cfg.threads):
-        if left := study.work_left():
-            seconds = update_seconds(study.scenes['train'].obs.shape[-1])
-            print(f'about {sum(left.values()) * seconds / 60:.0f} min:', ', '.join(f'{k} {v * seconds:.0f} s' for k, v in left.items()), flush=True)
-        study.world
-        for part in (p for p in PARTS if p in cfg.parts): dict(edits=study.measure_edits, retrain=study.retrain_all, looks=study.look_all)[part]()
+        stages = dict(edits=study.measure_edits, retrain=study.retrain_all, looks=study.look_all)
+        in_turn(study, {'world model': lambda: study.world} | {p: stages[p] for p in PARTS if p in cfg.parts})
         study.write()
         facts.update(edits=len(study.done['edits']), classifiers=len(study.done['classifiers']))
     report(ReportConfig(run=str(study.run.path)))

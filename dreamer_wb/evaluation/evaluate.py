@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'SUMMARY', 'EvaluateConfig', 'check_evaluate', 'load_classif
            'open_classifiers', 'tcav_layers', 'concept_sets', 'open_data', 'Evaluation', 'time_table', 'summary_rows',
            'evaluate']
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #d95e66e8
+# %% ../../nbs/76_evaluation.evaluate.ipynb #4a060248
 import hashlib
 import math
 import time
@@ -25,6 +25,7 @@ from ..classifier.latents import Features, weights_hash
 from ..classifier.methods import predict
 from ..classifier.metrics import group_counts, group_metrics
 from ..classifier.models import IMAGENET, ImageInput, Standardize, linear_head, mlp_head, resnet50, small_cnn
+from ..concepts.counterfactuals import IMAGE_MODELS, MODELS, rebuild
 from ..concepts.directions import CONCEPTS, EncoderHead, concept_labels, find_layer, layer_shapes, read_concept
 from ..core.config import at_least, check_values, choice, items, to_dict
 from ..core.runs import Run, UserError, atomic_write, load_checkpoint, plain, write_json
@@ -33,7 +34,7 @@ from .corruptions import COMMON, EXTRA, corruption_errors, mce, plot_corruptions
 from .gradcam import CAMS, cam_maps, iou_curve, localisation_table, plot_cams, plot_localisation
 from .tcav import concept_attribution, concept_maps, is_constant, layer_gradients, plot_concept_maps, plot_tcav, tcav
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #d14757b7
+# %% ../../nbs/76_evaluation.evaluate.ipynb #8bfb14d9
 @dataclass
 class EvaluateConfig:
     "Everything that `dreamer-wb evaluate` reads."
@@ -113,7 +114,7 @@ def _with_encoder(head, run, cfg):
     world = DreamerWorldModel.load_from_checkpoint(run.checkpoints/'world_model.ckpt')
     return EncoderHead(world, head, cfg['part'], run.config.get('repeat', 1))
 
-# %% ../../nbs/76_evaluation.evaluate.ipynb #96a3be31
+# %% ../../nbs/76_evaluation.evaluate.ipynb #4515185e
 def load_retrained(
     file, # a file in concepts/cells of a run
     run:Run, # the run
@@ -121,11 +122,9 @@ def load_retrained(
     "A classifier that `dreamer-wb concepts` has retrained; heads stand behind the world model that knows the edit."
     from dreamer_wb.dreamer.world_model import DreamerWorldModel
     kind, state = Path(file).stem.partition('-')[0], torch.load(file, weights_only=True)
-    if kind not in ('cnn', 'linear', 'mlp'): raise UserError(f'{file}: {kind} is no kind of classifier that can be evaluated; there are cnn, linear and mlp')
-    if kind == 'cnn': net = small_cnn(run.config['size'])
-    else: net = nn.Sequential(Standardize(torch.zeros(2, len(state['0.mean']))), *(linear_head if kind == 'linear' else mlp_head)(len(state['0.mean'])))
-    net.load_state_dict(state)
-    if kind != 'cnn': net = EncoderHead(DreamerWorldModel.load_from_checkpoint(next((run.path/'concepts').glob('*/world/checkpoints/world_model.ckpt'))), net)
+    if kind not in MODELS: raise UserError(f'{file}: {kind} is no kind of classifier that can be evaluated; there are {", ".join(MODELS)}')
+    net = rebuild(kind, state, run.config['size'])
+    if kind not in IMAGE_MODELS: net = EncoderHead(DreamerWorldModel.load_from_checkpoint(next((run.path/'concepts').glob('*/world/checkpoints/world_model.ckpt'))), net)
     net.title = Path(file).stem
     return net.eval()
 

@@ -458,7 +458,7 @@ def _segments(
             if (run.figures/f'{name}.png').is_file(): report.figure(run.figures/f'{name}.png', caption, name)
     if (run.path/'metrics.csv').exists(): report.figure(plot_losses(run.metrics), 'Losses and scores during training.', 'losses')
 
-# %% ../../nbs/70_evaluation.report.ipynb #d7aab331
+# %% ../../nbs/70_evaluation.report.ipynb #5ac11f01
 def _concepts(
     report:Report, # the page
     run:Run, # the run
@@ -476,7 +476,7 @@ def _concepts(
     for key, caption in captions.items():
         if (figures/f'{key}.png').exists(): report.figure(figures/f'{key}.png', caption, f'concepts_{key}')
     if 'edits' in tables: report.table(pd.DataFrame(tables['edits']), 'Edits of held-out images, in the eyes of judges trained on other images. A leak of .5 says that the original place cannot be read any more.')
-    models = {'linear': 'A linear head on latents', 'mlp': 'A two-layer head on latents', 'cnn': 'The small CNN on images'}
+    models = {'linear': 'A linear head on latents', 'mlp': 'A two-layer head on latents', 'cnn': 'The small CNN on images', 'resnet18': 'A ResNet-18 on images, from scratch'}
     if any(m in tables for m in models): report.heading('Classifiers, retrained')
     for m in (m for m in models if m in tables):
         words = found['explained'][:2 if 'corrupted' in tables[m][0] else 1]                       # the second line is about columns that may be missing

@@ -3,8 +3,8 @@
     dreamer-wb demo seed=0,1,2 -m                          # stage A: three runs, with the episodes
     python nbs/experiments/concepts.py runs/demo/*         # stage C of each, with its own seed, as `dreamer-wb concepts` does it
 
-For each run of stage A a study of `evaluation.concepts`: the world model learns the edit, edits are measured on held-out images of the test set, and heads on latents and a small CNN on
-images are retrained in every way, all with the same number of updates. The judges of edits are trained once, on images of another seed, and shared.
+For each run of stage A a study of `evaluation.concepts`: the world model learns the edit, edits are measured on held-out images of the test set, and heads on latents and a small CNN and a
+ResNet-18 on images are retrained in every way, all with the same number of updates. The judges of edits are trained once, on images of another seed, and shared.
 --controls adds, for the runs given, the autoencoder with a switch in place of the dynamics (same batches, as many updates); --variant trains the world model with other settings and measures it.
 What is in the result file already is not repeated; studies stay in --cache.
 """
@@ -28,7 +28,8 @@ from dreamer_wb.evaluation.concepts import EDITS, RECIPES, ConceptsConfig, Study
 
 OUT = Path(__file__).resolve().parent/'results'/'concepts.json'
 HEADS = [r for r in RECIPES if r not in ('reconstructions + world model', 'mean shift', 'exact of the masked')]
-IMAGES = ['as is', 'cut-outs', 'factual + cut-outs', 'exact edits', 'GroupDRO', 'group-balanced', 'world model', 'reconstructions + world model', 'plain copies', 'DFR']
+IMAGES = ['as is', 'fine cut-outs', 'factual + fine cut-outs', 'segmented', 'factual + segmented', 'exact edits', 'factual + exact edits', 'GroupDRO', 'group-balanced', 'DFR', 'plain copies',
+          'random direction', 'world model', 'reconstructions + world model']
 
 
 def study(run, args, models, recipes, parts=(), more=(), name=''):
@@ -58,6 +59,9 @@ def autoencoder(s):
     return WorldEdit(net.eval())
 
 
+def row_key(row): return tuple(row.get(k) for k in ('study', 'edit', 'model', 'recipe', 'seed'))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='+', help='run folders of `dreamer-wb demo`')
@@ -65,8 +69,10 @@ def main():
     p.add_argument('--edits', nargs='+', default=list(EDITS), choices=list(EDITS), metavar='NAME', help='kinds of edits (all)')
     p.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES), metavar='NAME', help='ways of retraining (all)')
     p.add_argument('--heads', nargs='+', default=['linear', 'mlp'], choices=['linear', 'mlp'], help='heads on latents (both)')
+    p.add_argument('--images', nargs='+', default=['cnn', 'resnet18'], choices=['cnn', 'resnet18'], help='classifiers of images (both)')
     p.add_argument('--controls', action='store_true', help='measure the autoencoder, too')
     p.add_argument('--variant', nargs=2, metavar=('NAME', 'OVERRIDES'), help="measure a world model trained otherwise, e.g. fewer_masks 'train.masks=.4'")
+    p.add_argument('--masks', type=float, default=1., help='share of the training birds whose mask is known, to the world model and to the network that cuts out; less than 1 is a study of its own (%(default)s)')
     p.add_argument('--looks', type=int, default=15, help='test images of each group for TCAV, Grad-CAM and corruptions (%(default)d)')
     p.add_argument('--cnn-steps', type=int, default=300, help='updates of the small CNN (%(default)d)')
     p.add_argument('--head-steps', type=int, default=600, help='updates of a head (%(default)d)')
@@ -91,7 +97,8 @@ def main():
             done['variants'].append(plain(dict(variant=name, settings=more, seed=seed, **edit_report(WorldEdit(s.world), *(h := s.held_out())[:1], s.judges, s.world, h[1], seed=seed))))
             write_json(args.out, done)
             continue
-        s = study(run, args, args.heads, [r for r in HEADS if r in args.recipes])
+        few = args.masks < 1
+        s = study(run, args, args.heads, [r for r in HEADS if r in args.recipes], more=[f'train.masks={args.masks}'] * few, name=f'_masks{args.masks}' * few)
         timed('world model', lambda: s.world)
         if 'edits' in args.parts: timed('edits', s.measure_edits)
         if args.controls and not any(r['edit'] == 'autoencoder' for r in s.done['edits']):
@@ -99,11 +106,18 @@ def main():
             s.keep('edits', dict(edit='autoencoder') | edit_report(d, scenes, s.judges, s.world, twins, seed=seed))
         if 'heads' in args.parts: timed('heads', s.retrain_all)
         if 'images' in args.parts:
-            s.cfg = dataclasses.replace(s.cfg, models=['cnn'], recipes=[r for r in IMAGES if r in args.recipes])
+            s.cfg = dataclasses.replace(s.cfg, models=args.images, recipes=[r for r in IMAGES if r in args.recipes])
             timed('images', s.retrain_all)
         if 'looks' in args.parts: timed('looks', s.look_all)
         s.write()
-        for part in ('edits', 'classifiers'): done[part] = [r for r in done[part] if r['study'] != seed] + [dict(study=seed, **r) for r in s.done[part]]
+        if few:
+            new = {(args.masks, *row_key(r)): r for r in [dict(masks=args.masks, study=seed, **r) for r in s.done['classifiers']]}
+            done['few_masks'] = [r for r in done.setdefault('few_masks', []) if (r['masks'], *row_key(r)) not in new] + list(new.values())
+            write_json(args.out, done)
+            continue
+        for part in ('edits', 'classifiers'):
+            new = {row_key(r): r for r in [dict(study=seed, **r) for r in s.done[part]]}
+            done[part] = [r for r in done[part] if row_key(r) not in new] + list(new.values())
         done['settings'], done['judges'][str(seed)] = {k: v for k, v in s.done['settings'].items() if k not in ('data', 'seed')}, s.done['judges']
         if 'cut-out' in s.cfg.edits: done['cut'][str(seed)] = list(s.cut())
         write_json(args.out, done)
