@@ -5,7 +5,7 @@ import torch
 
 from dreamer_wb.cli import COMMANDS, kind_of, main
 from dreamer_wb.concepts.env import Scenes, WaterbirdsConceptEnv, concept_episodes, draw_scenes, read_scenes, register_concepts
-from dreamer_wb.concepts.shifter import BackgroundEdit, ConceptShifter, WorldEdit, clear_bird, move_background
+from dreamer_wb.concepts.shifter import BackgroundEdit, ConceptShifter, WorldEdit, bird_boxes, clear_bird, lay_birds, move_background
 from dreamer_wb.core.runs import UserError, read_json, write_json
 from dreamer_wb.data.episodes import EpisodeStore, write_episode
 from dreamer_wb.data.synthetic import sample_specs
@@ -27,15 +27,19 @@ def test_the_commands_of_stage_c(tmp_path, monkeypatch, capsys):
     run('prepare', 'source=synthetic', 'n=100', 'size=32', 'out_dir=stills', 'workers=1')
     run('train', 'experiment=demo', 'data_dir=stills', 'name=a', 'loop.steps=2', 'doctor=false', *SMALL)
     run('prepare', 'stills=stills', 'out_dir=concepts', 'steps=4')
+    run('prepare', 'stills=stills', 'out_dir=pairs', 'steps=4', 'concepts=[background,bird]')
     more = ['experiment=waterbirds_concept_cpu', 'start=runs/demo/a', 'batch_size=4', 'loop.steps=2', 'loop.eval_every=2', 'latent_steps=5', *SMALL[4:]]
     run('train', 'data_dir=stills', 'name=spot', *more)
     run('train', 'data_dir=concepts', 'name=disk', *more, 'latent_steps=0')
+    run('train', 'data_dir=pairs', 'name=pairs', *more, 'latent_steps=0', 'concepts=[background,bird]')
+    run('train', 'data_dir=stills', 'name=both', *more, 'concepts=[background,bird]', 'starts=.5', 'leak=.1')
     world = DreamerWorldModel.load_from_checkpoint('runs/waterbirds_concept_cpu/spot/checkpoints/world_model.ckpt').eval()
     z0 = world.encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[0]                # the users' three lines
     a_seq = torch.linspace(0, 1, 5)[:, None]
     zs = world.rollout(z0, actions=a_seq)
     assert world.decoder(zs).shape == (2, 5, 3, 32, 32)
     assert EpisodeStore('concepts/train').lengths.max() == 4
+    for name in ('pairs', 'both'): assert DreamerWorldModel.load_from_checkpoint(f'runs/waterbirds_concept_cpu/{name}/checkpoints/world_model.ckpt').cfg.action_dim == 2
 
 
 def test_the_environment_is_what_the_world_model_learns_from(scenes):
@@ -90,6 +94,24 @@ def test_a_blend_is_between_its_ends(scenes):
         x = move_background(scenes.obs[6:9], scenes.mask[6:9], a, b, torch.full((3,), alpha), edge).float()
         low, high = (f(f(a.float(), b.float()), scenes.obs[6:9].float()) for f in (torch.minimum, torch.maximum))
         assert (x >= low - .5).all() and (x <= high + .5).all()
+    check()
+
+
+def test_a_bird_stays_in_the_picture():
+    "Whatever the frames: as large as it should be or as the picture allows, at the bottom of its spot."
+    from hypothesis import given, settings, strategies as st
+    side = st.tuples(st.integers(0, 27), st.integers(4, 32)).map(lambda p: (p[0], min(32, p[0] + p[1])))
+    @settings(max_examples=40, deadline=None)
+    @given(side, side, side, side, st.booleans())
+    def check(x, y, to_x, to_y, turn):
+        mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+        mask[:, y[0]:y[1], x[0]:x[1]] = True
+        _, there = lay_birds(mask[:, None].expand(-1, 3, -1, -1).byte(), mask, torch.tensor([[*to_x, *to_y]]).float(), torch.tensor([turn]))
+        wide, high = (x[1] - x[0]), (y[1] - y[0])
+        scale = min(((to_x[1] - to_x[0]) * (to_y[1] - to_y[0]) / (wide * high))**.5, 32 / wide, to_y[1] / high)
+        if min(wide, high) * scale < 3: return                                                   # a few pixels may fall between the grid
+        left, right, top, bottom = bird_boxes(there)[0].tolist()
+        assert abs(right - left - scale * wide) <= 1.5 and abs(bottom - top - scale * high) <= 1.5 and abs(bottom - to_y[1]) <= 1
     check()
 
 
