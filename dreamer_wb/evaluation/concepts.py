@@ -482,8 +482,8 @@ def plot_recipes(
     axes[0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #9cbb639b
-COSTS = dict(latents=.85, pictures=.045, drawing=.06, judging=1., masks=1.3, measuring=.3, editing=.02, head=.05, cnn=1.2, resnet18=6., looking=1.) # in updates of the small CNN: per update, image …
+# %% ../../nbs/77_evaluation.concepts.ipynb #644faabf
+COSTS = dict(latents=.85, pictures=.045, drawing=.06, judging=1., masks=1.3, measuring=.4, editing=.02, head=.05, cnn=1.2, resnet18=6., looking=2.) # in updates of the small CNN: per update, image …
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #a84e9696
 @patch
