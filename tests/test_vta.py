@@ -10,7 +10,7 @@ from dreamer_wb.cli import COMMANDS, kind_of, main
 from dreamer_wb.core.config import compose
 from dreamer_wb.core.runs import UserError, read_json, read_metrics
 from dreamer_wb.vta.bouncing_balls import bouncing_balls
-from dreamer_wb.vta.model import VTA, VTAConfig, VTATrainConfig, make_sequences, read_frames, train_vta, vta_batches, window_episodes
+from dreamer_wb.vta.model import VTA, VTAConfig, VTATrainConfig, learn_drawing, make_sequences, read_frames, train_vta, vta_batches, window_episodes
 
 spec = importlib.util.spec_from_file_location('bench_vta', Path(__file__).parents[1]/'benchmarks/vta.py')
 bench = importlib.util.module_from_spec(spec)
@@ -101,6 +101,42 @@ def test_coin_comes_first():
     model.coin = 1.
     read = torch.cat([model.observe(read_frames(frames()), model.draw_noise(frames())).read[:, 1:] for _ in range(40)])
     assert .4 < read.mean() < .6                                    # seg_num of 3 in 6 frames
+
+
+def test_relative_learns_where_from_the_start():
+    "Judged against the average READ the detector learns while the coin draws all; `credit` bounds what a decision is paid for."
+    torch.manual_seed(0)
+    model = small(boundary_gradient='leave_one_out', look_ahead=False, explore=100, seg_num=3, relative=True)
+    model.anneal(0)
+    weight = model.post_boundary.layers[-1].weight
+    losses, _ = model(dict(obs=frames()))
+    grad, = torch.autograd.grad(sum(v.mean() for v in losses.values()), weight)
+    assert model.coin == 1 and grad.abs().sum() > 0
+    for credit in (0, 1, 3):                                        # a cost at frame 4 moves the decisions at frames 4 - credit to 4
+        model.cfg.credit, model.cfg.relative, model.coin = credit, False, 0.
+        trace = model.observe(read_frames(frames()), model.draw_noise(frames()))
+        cost = {k: torch.zeros(6, 6) for k in model.scales}
+        cost['obs_cost'][:3, 4] = 1.
+        slope, = torch.autograd.grad(model.leave_one_out(cost, trace)['kl_mask'].sum(), trace.post_logit)
+        assert slope.abs().sum((0, 2)).nonzero().ravel().tolist() == [t for t in range(1, 5) if t >= 4 - credit]
+
+
+def test_drawing_comes_first_and_goes_on_where_it_was(tmp_path):
+    "The image networks have their own record, and a second start of the run finds them as they were left."
+    kw = dict(env_type='simple_colors', batch_size=2, eval_size=4, drawing=3, identity_start=True, doctor=False, runs_dir=str(tmp_path), name='a', **SMALL)
+    cfg = VTATrainConfig(**kw)
+    cfg.loop.steps, cfg.loop.progress, cfg.loop.tensorboard = 2, False, False
+    run = train_vta(cfg)
+    assert (run.path/'metrics_drawing.csv').exists() and (run.checkpoints/'drawing.ckpt').exists()
+    found = []
+    for seed in (0, 1):                                             # whatever they start from, they get the weights of the checkpoint
+        torch.manual_seed(seed)
+        model = VTA(cfg)
+        before = model.enc_obs[0][0].weight.clone()
+        learn_drawing(model, vta_batches(cfg)[0], cfg.loop, run)
+        found.append(model.enc_obs[0][0].weight)
+        assert not torch.equal(before, found[-1])
+    assert torch.equal(*found)
 
 
 def test_posterior_constraint_bounds_segments():

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEAR', 'CREDIT', 'VTAConfig', 'random_bytes', 'read_frames', 'frames_to_image', 'wide', 'GRUScan', 'gru_scan',
            'conv_layer', 'image_widths', 'make_encoder', 'make_decoder', 'BoundaryConv', 'LatentLayer', 'VTA',
-           'gumbel_logits', 'straight_through', 'concrete_log_density', 'constrain', 'Trace', 'batch_first',
-           'BallsConfig', 'VTALoop', 'VTATrainConfig', 'make_sequences', 'Kept', 'Generated', 'vta_batches',
-           'window_episodes', 'boundary_scores', 'watch_callback', 'save_film', 'train_vta']
+           'gumbel_logits', 'straight_through', 'concrete_log_density', 'constrain', 'Trace', 'batch_first', 'Drawing',
+           'learn_drawing', 'BallsConfig', 'VTALoop', 'VTATrainConfig', 'make_sequences', 'Kept', 'Generated',
+           'vta_batches', 'window_episodes', 'boundary_scores', 'watch_callback', 'save_film', 'train_vta']
 
 # %% ../../nbs/42_vta.model.ipynb #21d968c7
 import dataclasses
@@ -32,7 +32,7 @@ from ..dreamer.world_model import pick_device
 from .boundaries import baselines, boundary_prf, frame_delta, ranking, stack_episodes
 from .maze import SOURCES, draw_sequences
 
-# %% ../../nbs/42_vta.model.ipynb #124193a2
+# %% ../../nbs/42_vta.model.ipynb #60aa5389
 @dataclass
 class VTAConfig:
     "The model; the defaults are those of the published code."
@@ -58,6 +58,10 @@ class VTAConfig:
     boundary_gradient: str = choice('straight_through', 'leave_one_out') # how boundaries learn; leave_one_out (ours): from two samples of them
     advantage: float = at_least(5.0, 0) # standard deviation in nats that differences in cost are scaled to for it, 0: as they are
     explore: int = at_least(0, 0) # updates in which a coin draws boundaries, all of them in the first half, then fewer and fewer (ours)
+    credit: int = at_least(3, 0) # frames behind a decision whose cost counts for it, for leave_one_out
+    relative: bool = False # while the coin draws, a READ is judged by what it saves more than the average READ, from the first update on (ours)
+    drawing: int = at_least(0, 0) # updates in which the image networks first learn alone, as an autoencoder (ours)
+    identity_start: bool = False # the layers between encoder and decoder begin as the identity (ours)
 
 # %% ../../nbs/42_vta.model.ipynb #167c4ef8
 def random_bytes(
@@ -227,7 +231,7 @@ class LatentLayer(nn.Module):
         x = torch.cat(xs, -1)
         return Gaussian(wide(self.mean(x)), wide(self.std(x)).sigmoid().clamp(min=1e-6))
 
-# %% ../../nbs/42_vta.model.ipynb #3284c848
+# %% ../../nbs/42_vta.model.ipynb #584bba7c
 class VTA(nn.Module):
     "Hierarchical state-space model with learned boundaries."
     scales = dict(obs_cost=1., kl_abs=1., kl_obs=1., kl_mask=1.)
@@ -246,7 +250,21 @@ class VTA(nn.Module):
         self.abs_post_fwd, self.abs_post_bwd, self.obs_post_fwd = (nn.GRUCell(H, H) for _ in range(3))
         self.prior_abs_state, self.prior_obs_state = LatentLayer(H, S), LatentLayer(H, S)
         self.post_abs_state, self.post_obs_state = LatentLayer(2*H, S), LatentLayer(2*H, S)
+        if cfg.identity_start: self.start_as_identity()
         self.to(memory_format=torch.channels_last)
+
+# %% ../../nbs/42_vta.model.ipynb #d808a0ea
+@patch
+def start_as_identity(self: VTA):
+    "What the decoder reads begins as the features of the frame (READ) and of the last one that `s` sees, added."
+    H, eye, zero = self.cfg.belief_size, nn.init.eye_, nn.init.zeros_
+    with torch.no_grad():
+        for gru in (self.abs_post_bwd, self.obs_post_fwd):
+            eye(gru.weight_ih[2*H:]); zero(gru.bias_ih); zero(gru.bias_hh)
+            gru.bias_ih[H:2*H] = -2.                                       # takes .88 of what is new
+        for latent, part in ((self.post_abs_state, slice(H, 2*H)), (self.post_obs_state, slice(0, H))):
+            eye(latent.mean.weight[:, part]); nn.init.constant_(latent.std.bias, -2.)
+        eye(self.abs_feat.weight[:, H:]); eye(self.obs_feat.weight[:, :H]); eye(self.obs_feat.weight[:, H:])
 
 # %% ../../nbs/42_vta.model.ipynb #989bab13
 def gumbel_logits(
@@ -477,9 +495,21 @@ def boundary_kl(self: VTA,
     q, p = post.log_softmax(-1), prior.log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
 
-# %% ../../nbs/42_vta.model.ipynb #1ba46eb7
-CREDIT = 3      # frames behind a decision whose cost counts for it
+# %% ../../nbs/42_vta.model.ipynb #f2394321
+CREDIT = 3      # frames behind a decision whose cost counts for it, in `vta.dynamics`
 
+@patch
+def against_average(self: VTA,
+    more: Tensor, # (B,T) what the first sample costs more
+    read: Tensor, # (2B,T) decisions of both
+) -> Tensor: # (B,T)
+    "Less what a READ costs on average, by the share of the coin."
+    first, second = read.chunk(2)
+    differs = first - second                                                     # 1, 0 or -1
+    average = (more * differs).sum() / differs.square().sum().clamp(min=1)
+    return more - self.coin * average * differs
+
+# %% ../../nbs/42_vta.model.ipynb #39983c23
 @patch
 def leave_one_out(self: VTA,
     losses: dict, # {name: (2B,T)} of two samples of the boundaries of B sequences
@@ -487,12 +517,13 @@ def leave_one_out(self: VTA,
 ) -> dict: # {name: (B,T)}, means of the two; `kl_mask` carries the gradient of the decisions
     "Score function of the decisions with the other sample as baseline; adds a gradient and no value."
     a, b = sum(self.scales[k] * v.detach() for k, v in losses.items()).chunk(2)
-    earlier = CREDIT if self.cfg.look_ahead else 0
-    more = F.pad(a - b, (earlier, CREDIT)).unfold(1, earlier + 1 + CREDIT, 1).sum(-1)                # (B,T)
+    later, earlier = self.cfg.credit, self.cfg.credit if self.cfg.look_ahead else 0
+    more = F.pad(a - b, (earlier, later)).unfold(1, earlier + 1 + later, 1).sum(-1)                  # (B,T)
+    if self.cfg.relative: more = self.against_average(more, trace.read.detach())
     if self.cfg.advantage: more = more * (self.cfg.advantage / more.square().mean().sqrt().clamp(min=1e-6))
     q = trace.post_logit[:, :-1].log_softmax(-1)
     log_q, log_mu = (torch.where(trace.read > .5, x[..., 0], x[..., 1]) for x in (q, self.mix_coin(q)))   # (2B,T)
-    weight = (log_q - log_mu).exp().detach() * (self.coin < 1) * (torch.arange(q.shape[1], device=q.device) > 0)   # the first is forced
+    weight = (log_q - log_mu).exp().detach() * (self.coin < 1 or self.cfg.relative) * (torch.arange(q.shape[1], device=q.device) > 0)   # the first is forced
     score = torch.cat([more, -more]) * weight * log_q
     losses = dict(losses, kl_mask=losses['kl_mask'] + score - score.detach())
     return {k: torch.stack(v.chunk(2)).mean(0) for k, v in losses.items()}
@@ -532,6 +563,36 @@ def param_groups(self: VTA,
 ) -> list: # for the optimizer
     "Adam with the maximum of the second moments, as published."
     return [dict(params=list(self.parameters()), amsgrad=loop.opt == 'adamw')]
+
+# %% ../../nbs/42_vta.model.ipynb #964cb19d
+class Drawing(nn.Module):
+    "Encoder and decoder of a VTA alone, as an autoencoder of every second frame."
+    scales = dict(obs_cost=1.)
+    def __init__(self,
+        vta: VTA, # whose networks learn
+    ):
+        super().__init__()
+        self.cfg, self.enc_obs, self.dec_obs = vta.cfg, vta.enc_obs, vta.dec_obs
+
+    def forward(self, batch): # obs (B,L,3,H,W) uint8 -> losses {name: (B,L/2)}, metrics {name: scalar}
+        x = read_frames(batch['obs'][:, ::2], self.cfg.obs_bit)
+        flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        error = (wide(self.dec_obs(self.enc_obs(flat))) - flat).square()
+        return dict(obs_cost=.5/self.cfg.obs_std**2 * error.sum((1, 2, 3)).unflatten(0, x.shape[:2])), dict(mse=error.detach().mean())
+
+# %% ../../nbs/42_vta.model.ipynb #3c0d7682
+def learn_drawing(
+    model: VTA,     # its config says how long
+    batches,        # batches(step) of training
+    loop,           # a LoopConfig
+    run: Run = None, # where the record goes
+) -> list: # rows of the record
+    "Start at the mean picture, then train the image networks alone."
+    from dreamer_wb.core.learner import fit
+    mean = read_frames(batches(0)['obs'], model.cfg.obs_bit).mean((0, 1, 3, 4))
+    with torch.no_grad(): model.dec_obs[-2].bias.copy_(mean.clamp(-.99, .99).atanh())
+    loop = dataclasses.replace(loop, steps=model.cfg.drawing, eval_every=0)
+    return fit(Drawing(model), batches, loop, run, title='drawing').recorder.rows
 
 # %% ../../nbs/42_vta.model.ipynb #804f392a
 @patch
@@ -771,7 +832,7 @@ def load_from_checkpoint(cls: VTA,
     model.beta = data['meta']['beta']
     return model.eval()
 
-# %% ../../nbs/42_vta.model.ipynb #1926f09e
+# %% ../../nbs/42_vta.model.ipynb #ae3c1d54
 def train_vta(
     cfg: VTATrainConfig, # everything that `dreamer-wb train` reads for a VTA
 ) -> Run: # the run, finished
@@ -786,13 +847,13 @@ def train_vta(
         set_seed(cfg.seed)
         model = VTA(cfg).to(device)
         loop = cfg.loop if cfg.use_amp else dataclasses.replace(cfg.loop, amp='off')
+        if cfg.drawing: learn_drawing(model, batches, loop, run)
         doctor = [boundary_callback(valid(0), boundary_settings(run), run, loop.steps)] if cfg.doctor else []
         fit(model, batches, loop, run, valid, cbs=[watch_callback(valid, run), *doctor])
         if not is_main(): return run
         windows = window_episodes(model, valid)
         scores = boundary_scores(windows)
         model.save(run.checkpoints/'vta.ckpt', scores)
-        keys = ('obs', 'read', 'read_prob', 'forced', 'delta', 'true')
-        save_boundaries(run, [{k: windows[k][i] for k in keys if k in windows} for i in range(len(windows['obs']))], window=0)
+        save_boundaries(run, [{k: v[i] for k, v in windows.items() if k not in ('rec', 'prior_prob')} for i in range(len(windows['obs']))], window=0)
         facts.update(scores)
     return run
