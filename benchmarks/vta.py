@@ -10,7 +10,7 @@ and gradients in float64. The least of alternating rounds is printed, since what
 
 All rows run as the training loop does (`cpu_settings`: one thread, no denormal numbers, and freed memory stays with the process, which spares large
 tensors their page faults). The last columns compare with the published code (taesupkim/vta): as it is, and with the same settings of memory and
-denormals, which it does not make; at the published size a third of its time goes into page faults. It has no licence and is not in this repository;
+denormals, which it does not make; at the published size more than a quarter of its time goes into page faults. It has no licence and is not in this repository;
 what it costs was measured once beside `slowly`, in processes that took turns (forward pass, backward pass, clipping, Adam; float32, one thread, torch
 2.15, least of 4 to 20 steps in 2 processes), and is kept as a multiple of `slowly` in `PUBLISHED`, since milliseconds are those of a machine and of a
 day: in an earlier session it took 5,570 ms at B=64, H=128 and 231 at B=16, H=32, now 7,360 and 275. The last row is the floor of float32: the
