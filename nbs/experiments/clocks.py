@@ -5,7 +5,7 @@
     python nbs/experiments/clocks.py --list
 
 One run at a time, each a world model of 16-pixel images trained for a fixed number of updates; results/clocks.json is written after each.
-Settings were found on seeds 0 and 1, those of `planted` also on 10 and 11; see the article for which seeds were run. The weights of LOVE's and THICK's clocks:
+Settings were found on seeds 0 and 1, those of `planted_before` also on 10 and 11; see the article for which seeds were run. The weights of LOVE's and THICK's clocks:
 
     python nbs/experiments/clocks.py --seeds 0 --only colors/length_0.1 colors/length_0.5 colors/length_2 colors/gate_0.1 colors/gate_1 colors/gate_3
 """
@@ -57,7 +57,7 @@ def planted(n, seed, T=T):
     return dict(obs=np.ascontiguousarray(obs), read=pick(start) == t, rew=((bright >= .5) & (bright - pick(speed) < .5)).astype(np.float32))
 
 
-DATA = dict(colors=colors, ball=ball, planted=planted)
+DATA = dict(colors=colors, ball=ball, planted=planted, planted_before=planted)
 BASE = ['size=16', 'encoder.depth=8', 'decoder.depth=8', 'encoder.mults=[1,2]', 'decoder.mults=[1,2]', 'dynamics.name=hierarchy', 'dynamics.stoch=8', 'dynamics.deter=64',
         'dynamics.hidden=64', 'dynamics.blocks=1', 'dynamics.free_nats=0', 'loop.lr=3e-3', 'loop.progress=false', 'loop.tensorboard=false', 'loop.eval_every=0', 'loop.amp=off']
 
@@ -87,13 +87,17 @@ METHODS = {
     'learned_3': [*LEARNED, *h(levels=3)],
     'fixed_3': [*COMMON, *h(clock='fixed', every=3, on_tick='keep', levels=3)],
     'informed': [*LEARNED, *h(event_key='value', event_change='true', signal_scale=100)],     # value-informed: the clock reads the change of a value estimate
+    'informed_reward': [*LEARNED, *h(event_key='rew', signal_scale=100)],                    # the same, reads the reward
+    'informed_critic': [*LEARNED, *h(value='true', signal_scale=100)],                       # the same, reads the change of a critic that learns beside it
     'value_event': [*COMMON, *h(clock='event', event_key='value', event_change='true', event_threshold=.35)],       # ticks where the estimate changes by more than .35
 }
+PLANTED = {'planted': h(boundary_rate=.24, min_seg_len=2),                                   # for all clocks: the rate of colours and rewards together
+           'planted_before': [*h(boundary_rate=.24, boundary_scale=10, min_seg_len=2, explore=.5, upper_kl=1), 'loop.lr=3e-3', 'loop.clip=100']}      # of a session before, seeds 11 to 13
 SEARCH = {f'length_{c}': length(c) for c in CODES} | {f'gate_{s}': gate(s) for s in SPARSITIES}
-STEPS, LONGER = dict(colors=80, ball=180, planted=240), dict(rssm_long=3)
+STEPS, LONGER = dict(colors=80, ball=180, planted=240, planted_before=240), dict(rssm_long=3)
 PLAIN = ('learned', 'length', 'gate', 'straight_through', 'fixed', 'rssm', 'rssm_long', 'learned_3', 'fixed_3', 'oracle', 'equal_price')
-RUNS = [*(f'{d}/{m}' for d in ('ball', 'colors') for m in PLAIN), *(f'planted/{m}' for m in ('learned', 'informed', 'value_event'))]
-SEARCHED = [f'{d}/{m}' for d in ('colors', 'ball') for m in SEARCH]
+RUNS = [*(f'{d}/{m}' for d in ('ball', 'colors') for m in PLAIN), *(f'planted/{m}' for m in ('learned', 'informed', 'informed_reward', 'informed_critic', 'value_event'))]
+SEARCHED = [*(f'{d}/{m}' for d in ('colors', 'ball') for m in SEARCH), *(f'planted_before/{m}' for m in ('learned', 'informed', 'value_event'))]
 
 
 def small(obs):
@@ -172,8 +176,7 @@ def scores(world, batch):
 
 def config(name, method, seed, steps):
     "The config of a run."
-    planted = [*h(boundary_rate=.24, boundary_scale=10, min_seg_len=2, explore=.5, upper_kl=1), 'loop.lr=3e-3', 'loop.clip=100']      # for all: the rate of colours and rewards together
-    return compose(TrainConfig, [*BASE, *(METHODS | SEARCH)[method], *(planted if name == 'planted' else []), *h(explore_steps=steps), f'seed={seed}', f'loop.steps={steps}'])
+    return compose(TrainConfig, [*BASE, *(METHODS | SEARCH)[method], *PLANTED.get(name, []), *h(explore_steps=steps), f'seed={seed}', f'loop.steps={steps}'])
 
 
 def train(name, method, seed, steps=None, evals=4):
