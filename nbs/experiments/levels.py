@@ -59,6 +59,12 @@ KEYS = { # name: (levels, when the upper ones tick, overrides)
     'two managers, 3 and 9 steps': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3']),
     'two managers, 3 and 9 steps, all levels paid by the task': (3, 'fixed', ['experiment=tiny_director', 'behavior.director.levels=3', 'behavior.director.every=3', 'behavior.director.below=0.5']),
 }
+LOVE = [*LEARNED[:1], 'dynamics.hierarchy.clock=length', 'dynamics.hierarchy.max_seg_len=8', 'dynamics.hierarchy.code=.5', 'behavior.director.clock=dynamics', 'behavior.director.every=8']
+KEYS |= { # learned from what the flat agent of the same seed saw in its training; nothing is played but the evaluations
+    'flat, from recorded episodes': (1, '-', ['experiment=tiny_keys', 'recorded=FLAT']),
+    'manager on the learned clock, from recorded episodes': (2, 'learned', ['recorded=FLAT', *KEYS['manager on the learned clock'][2]]),
+    "manager on LOVE's clock, from recorded episodes": (2, 'length of a code', ['experiment=tiny_director', 'recorded=FLAT', *LOVE]),
+}
 COLUMNS = ('step', 'env_steps', 'cpu_seconds', 'episode_return', 'eval_return', 'eval_length', 'reward0_goal', 'ticks1', 'goal_error', 'tick_1')
 
 
@@ -218,17 +224,28 @@ def kept_goals(folder):
     return out
 
 
+def recording(seed, steps):
+    "What a flat agent sees in its training, from random actions to a player that mostly succeeds."
+    return train_agent(settings(KEYS['flat'][2], seed, steps, Path(tempfile.gettempdir())/'levels_recorded', f'{steps}-{seed}')).path/'replay'
+
+
+def settings(overrides, seed, steps, folder, name):
+    "Of an agent on Keys."
+    return compose(AgentConfig, [*overrides, f'seed={seed}', f'runs_dir={folder}', f'name={name}', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=16', 'video=false',
+                                 'loop.tensorboard=false', 'loop.progress=false', 'loop.checkpoint_seconds=1000000'])
+
+
 def keys(name, seed, steps, keep=None):
-    "Train an agent from pixels, online; its checkpoint may be kept in a folder."
-    folder = tempfile.mkdtemp(prefix='levels_')
-    cfg = compose(AgentConfig, [*KEYS[name][2], f'seed={seed}', f'runs_dir={folder}', 'name=run', f'loop.steps={steps}', 'loop.eval_every=50', 'eval_episodes=16', 'video=false',
-                                'loop.tensorboard=false', 'loop.progress=false', 'loop.checkpoint_seconds=1000000'])
+    "Train an agent from pixels; its checkpoint may be kept in a folder."
+    folder, overrides = tempfile.mkdtemp(prefix='levels_'), KEYS[name][2]
+    if 'recorded=FLAT' in overrides: overrides = [f'recorded={recording(seed, steps)}' if o == 'recorded=FLAT' else o for o in overrides]
+    cfg = settings(overrides, seed, steps, folder, 'run')
     run = train_agent(cfg)
     table, agent = read_metrics(run), load_agent(run.checkpoints/'agent.ckpt')
     found = evaluate(Stream(make_envs(EnvConfig('dreamer_wb/Keys-v0', 10), cfg.size), 77_777), Player(agent, explore=False), 100)
     curve = [{k: round(row[k], 4) for k in COLUMNS if k in row and row[k] == row[k]} for row in table.to_dict('records')]
     clocked = cfg.behavior.name == 'director' or cfg.dynamics.name == 'hierarchy'
-    out = dict(updates=steps, env_steps=int(table['env_steps'].max()), cpu_seconds=run.stages()['train']['cpu_seconds'], parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
+    out = dict(updates=steps, env_steps=0 if cfg.recorded else int(table['env_steps'].max()), cpu_seconds=run.stages()['train']['cpu_seconds'], parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
                success=float(np.mean(found['returns'])), length=float(np.mean(found['lengths'])), episodes=len(found['returns']), ticks=ticks(agent) if clocked else None,
                jumps={pressed: jumps(agent, pressed) for pressed in ('random', 'own')}, curve=curve)
     if keep: shutil.copy(run.checkpoints/'agent.ckpt', Path(keep)/f"{name.replace(' ', '_')}-{seed}.ckpt")
