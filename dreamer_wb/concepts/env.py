@@ -162,7 +162,7 @@ def _start(
 # %% ../../nbs/62_concepts.env.ipynb #2b5435f9
 def WaterbirdsConceptEnv(
     scenes: Scenes = None,    # factual images; None: 40 that are drawn
-    d = None,                 # the concept: an Edit; None: exact edits of `concepts`
+    d = None,                 # the concept: an Edit; None: exact edits of concepts
     meaning: str = 'do',      # what alpha means if `d` is not given: 'do' or 'shift'
     time_limit: int = 8,      # images in an episode, the factual one included
     reward = None,            # function of images (N, 3, H, W) whose change is the reward; None: no reward

@@ -41,7 +41,7 @@ def edited_to(
 def judged(
     d,               # an Edit of several concepts
     scenes: Scenes,  # held-out images, the four groups equally frequent
-    judges: Judges,  # of place and bird, see `train_judges`
+    judges: Judges,  # of place and bird, see train_judges
     world,           # model whose reconstructions are what its edits are compared with
     concepts = tuple(CONCEPTS), # names, in the order of the action
     seed: int = 0,   # of donors

@@ -263,7 +263,7 @@ class SceneEdit(Edit):
         other, other_mask = self.birds.draw(obs, mask, 1 - label, rng)
         return places, *([torch.where((label == k).view(-1, *[1] * (own.ndim - 1)), own, new) for k in (0, 1)] for own, new in ((obs, other), (mask, other_mask)))
 
-# %% ../../nbs/61_concepts.shifter.ipynb #a4b4b44e
+# %% ../../nbs/61_concepts.shifter.ipynb #0f105bc2
 @patch
 def blend(self: SceneEdit,
     obs: Tensor,   # (N, 3, H, W) uint8
@@ -281,7 +281,14 @@ def blend(self: SceneEdit,
     return torch.lerp(a, b, bird[..., None, None, None]).round().to(torch.uint8), shown
 
 @patch
-def apply(self: SceneEdit, obs, mask=None, place=None, seed=0, label=None):
+def apply(self: SceneEdit,
+    obs: Tensor,  # (N, 3, H, W) uint8
+    mask = None,  # (N, H, W) bool, where the birds are; needed
+    place = None, # not looked at: an intervention forgets it
+    seed = 0,     # of donors
+    label = None, # (N,) family of each bird, 0 land or 1 water; needed if birds are edited
+) -> Tensor: # (N, 3, H, W) uint8
+    "Edited images; `UserError` without what is needed."
     if mask is None: raise UserError('SceneEdit: needs the mask of each bird; without masks use a WorldEdit')
     if 'bird' in self.concepts and (label is None or (label < 0).any()): raise UserError('SceneEdit: the bird stays if it is of the family that is asked for, so it must be told the label of each image')
     return self.blend(obs, mask, label, self.strength(len(obs)).reshape(len(obs), 1, -1), seed)[0][:, 0]

@@ -113,7 +113,7 @@ class ConceptsConfig:
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
     progress: bool = True # show progress bars
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #1a7e2be2
+# %% ../../nbs/77_evaluation.concepts.ipynb #a9c91d64
 PARTS = 'edits', 'retrain', 'looks'
 KEEPS = 'seed', 'images', 'judge_images', 'draws', 'mask_steps', 'head_steps', 'cnn_steps', 'resnet18_steps', 'looks_per_group', 'severity'   # what rows of one folder have in common
 _ONCE = dict(draws=1, mask_steps=250, resnet18_steps=300)   # of folders written before these could be chosen
@@ -130,6 +130,7 @@ def check_concepts(
     if not cfg.seeds or not cfg.models: raise UserError('seeds and models: give at least one of each')
     if cfg.severity > 5: raise UserError(f'severity={cfg.severity}: corruptions go from 1 to 5')
     if cfg.train.meaning != 'do': raise UserError('train.meaning=shift: this command compares do(land) and do(water); train shifts with `dreamer-wb train experiment=waterbirds_concept_cpu meaning=shift`')
+    if list(cfg.train.concepts) != ['background']: raise UserError(f'train.concepts={list(cfg.train.concepts)}: this command measures edits of the background; several concepts are trained with `dreamer-wb train experiment=waterbirds_concept_cpu`')
     return check_values(cfg)
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #36dd6128
