@@ -41,7 +41,7 @@ class Command:
         module, _, name = getattr(self, which).partition(':')
         return getattr(import_module(f'dreamer_wb.{module}'), name)
 
-# %% ../nbs/80_cli.ipynb #88a0d1ea
+# %% ../nbs/80_cli.ipynb #0896fb57
 VTA = Command('train', 'vta.model:VTATrainConfig', 'vta.model:train_vta', 'sequences -> VTA, which finds where segments begin',
     'Trains the original VTA on sequences that are made on the spot, or on episodes; scores its boundaries against the true ones while it learns. '
     'Everything is written into runs/<experiment>/<name>; with the same name it goes on where it was, bit for bit.',
@@ -51,7 +51,8 @@ VTA = Command('train', 'vta.model:VTATrainConfig', 'vta.model:train_vta', 'seque
 AGENT = Command('train', 'dreamer.agent:AgentConfig', 'dreamer.agent:train_agent', 'environment -> agent that learns in imagination',
     'Trains a Dreamer agent on pixels: it plays, remembers, learns a world model, and learns to act inside it. Evaluations, curves and videos are written into '
     'runs/<experiment>/<name>; with the same name it goes on where it was, with all that it has seen.',
-    ('dreamer-wb train experiment=tiny_pixels', 'dreamer-wb train experiment=pendulum env.arrow=true', 'dreamer-wb train experiment=atari100k env.name=ALE/Frostbite-v5'),
+    ('dreamer-wb train experiment=tiny_pixels', 'dreamer-wb train experiment=pendulum env.arrow=true', 'dreamer-wb train experiment=atari100k env.name=ALE/Frostbite-v5',
+     'dreamer-wb train experiment=tiny_keys recorded=runs/tiny_keys/first/replay'),
     group='experiment', after='run: {result.path}\nvideos: {result.path}/videos/eval_iter_{{step}}_ep_0.mp4')
 
 # %% ../nbs/80_cli.ipynb #5cbf3cb1
@@ -62,7 +63,7 @@ SEQUENCES = Command('prepare', 'vta.prepare:SequencesConfig', 'vta.prepare:prepa
      'dreamer-wb prepare source=3d_maze out_dir=datasets/maze n=8000', 'dreamer-wb train experiment=maze_cpu data_dir=datasets/maze'),
     after='episodes: {result}/train, {result}/val, {result}/test')
 
-# %% ../nbs/80_cli.ipynb #766345e0
+# %% ../nbs/80_cli.ipynb #8b17efd9
 EDITS = Command('prepare', 'concepts.env:ConceptEpisodesConfig', 'concepts.env:prepare_concepts', 'still images with masks -> episodes of edits',
     'Cuts the birds of prepared still images out and lays them over other places: every episode begins with the factual image and goes on with edits, whose strength is the action. '
     'Episodes that are there are kept.',
@@ -72,6 +73,7 @@ CONCEPTS = Command('train', 'concepts.world:ConceptTrainConfig', 'concepts.world
     'Goes on from the weights of a world model of still images (start=) and trains it to imagine the same bird in the place that is asked for. '
     'Everything is written into runs/<experiment>/<name>; with the same name it goes on where it was, bit for bit.',
     ('dreamer-wb train experiment=waterbirds_concept_cpu start=runs/demo/seed0 data_dir=runs/demo/seed0/episodes',
+     'dreamer-wb train experiment=waterbirds_concept_cpu start=runs/demo/seed0 data_dir=runs/demo/seed0/episodes concepts=[background,bird] starts=.5',
      'dreamer-wb train experiment=waterbirds_concept start=runs/waterbirds_minimal/first data_dir=datasets/waterbirds_episodes'),
     group='experiment', after='run: {result.path}\npictures: {result.path}/figures')
 
@@ -118,12 +120,12 @@ LOOKING = (
             'Extracts the latents once, trains heads on them and the baselines on the same data (ERM, group-balanced, GroupDRO, DFR), and writes one table with accuracies per group.',
             ('dreamer-wb classify run=runs/waterbirds_minimal/first', 'dreamer-wb classify run=runs/demo/seed0 models=[latent,pca] methods=[erm,dfr] seeds=5')))
 
-# %% ../nbs/80_cli.ipynb #1a4f81a1
+# %% ../nbs/80_cli.ipynb #4aff5fb4
 MEASURING = (
     Command('concepts', 'evaluation.concepts:ConceptsConfig', 'evaluation.concepts:concepts', 'world model -> counterfactuals, and classifiers retrained with them',
             'Teaches the world model of a run what an edit of the background does, measures the counterfactuals that it imagines beside exact ones, retrains classifiers with and without them, '
             'and compares these: worst group, background swaps, TCAV, Grad-CAM, corruptions. Everything is written into the folder concepts of the run, and into its report. Interrupted, or asked for more, it goes on.',
-            ('dreamer-wb concepts run=runs/demo/seed0', 'dreamer-wb concepts run=runs/demo/seed0 seeds=[0,1,2] models=[linear,mlp,cnn]',
+            ('dreamer-wb concepts run=runs/demo/seed0', 'dreamer-wb concepts run=runs/demo/seed0 seeds=[0,1,2] models=[linear,mlp,cnn,resnet18]',
              'dreamer-wb concepts run=runs/waterbirds_minimal/first train.masks=1 train.loop.steps=20000'),
             after='tables: {result}/summary.md\nfigures: {result}/figures'),
     Command('evaluate', 'evaluation.evaluate:EvaluateConfig', 'evaluation.evaluate:evaluate', 'classifiers -> concepts, where they look, corruptions',
