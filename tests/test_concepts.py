@@ -148,6 +148,22 @@ def test_the_command_goes_on_where_it_was(finished):
     assert row['model'] == 'resnet18' and 0 <= row['worst'] <= row['adjusted'] <= 1 and 'ResNet-18' in (run/'report.md').read_text()
 
 
+def test_two_processes_find_what_one_finds(finished):
+    "The second process trains judges and networks on images; a file that it leaves is read, and what it leaves out is done."
+    from dreamer_wb.evaluation.concepts import ConceptsConfig, Study, compose
+    args = [f'run={finished}/runs/demo/a', *FAST, 'cnn_steps=3', 'parts=[edits,retrain]', 'edits=[exact]', 'recipes=[as is,world model,exact edits]', 'models=[mlp,cnn]']
+    found = {}
+    for workers in (1, 2):
+        out = finished/f'workers{workers}'
+        assert not main(['concepts', *args, f'out={out}', f'workers={workers}'])
+        found[workers] = read_json(out/'results.json')
+    assert [found[1][k] for k in ('edits', 'classifiers', 'judges')] == [found[2][k] for k in ('edits', 'classifiers', 'judges')]
+    study = Study(compose(ConceptsConfig, [*args, f'out={finished}/ahead'], group=None))
+    study.ahead()
+    assert {p.name for p in (finished/'ahead').rglob('*.pt')} == {'judges.pt', 'cnn-as_is-0.pt', 'cnn-exact_edits-0.pt'}
+    study.run.close()
+
+
 @pytest.mark.parametrize('more, words', [
     (['recipes=[world modell]'], 'did you mean `world model`'), (['models=[resnet]'], 'models: no `resnet`'), (['seeds=[]'], 'at least one'), (['severity=9'], 'from 1 to 5'),
     (['data_dir=nowhere'], 'no train/ in there'), (['images=80'], 'images=40, now 80'), (['draws=3'], 'draws=1, now 3'), (['train.meaning=shift'], 'train.meaning=shift')])

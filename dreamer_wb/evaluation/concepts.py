@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'RECIPES', 'PARTS', 'KEEPS', 'MEASURED', 'LOOKS', 'COSTS', 'EXPLAINED', 'Recipe', 'ConceptsConfig',
-           'check_concepts', 'Study', 'edit_table', 'classifier_table', 'plot_recipes', 'in_turn', 'concepts']
+           'check_concepts', 'Study', 'meanwhile', 'edit_table', 'classifier_table', 'plot_recipes', 'in_turn',
+           'concepts']
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #c96d4f28
+# %% ../../nbs/77_evaluation.concepts.ipynb #e89e891f
 import dataclasses
 import difflib
 import math
+import os
+import signal
+import time
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import List
 import numpy as np
@@ -87,7 +93,7 @@ def _stage_c() -> ConceptTrainConfig: # the preset `waterbirds_concept_cpu`
     "How edits are learned unless told otherwise."
     return compose(ConceptTrainConfig, ['experiment=waterbirds_concept_cpu'])
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #9d73a110
+# %% ../../nbs/77_evaluation.concepts.ipynb #45a140dd
 @dataclass
 class ConceptsConfig:
     "Everything that `dreamer-wb concepts` reads."
@@ -111,6 +117,7 @@ class ConceptsConfig:
     severity: int = at_least(3, 1) # of the corruptions, at most 5
     train: ConceptTrainConfig = field(default_factory=lambda: deepcopy(_stage_c())) # keys of `dreamer-wb train experiment=waterbirds_concept`
     threads: int = at_least(1, 0) # CPU threads of torch; 0 = torch decides
+    workers: int = at_least(1, 1) # processes; from 2 on, what does not need the world model is trained while that learns the edit
     progress: bool = True # show progress bars
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #a9c91d64
@@ -309,37 +316,39 @@ def save(self: Study,
     with atomic_write(self.folder/'figures'/f'{name}.png') as f: fig.savefig(f, format='png', dpi=100)
     plt.close(fig)
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #efe99d92
+# %% ../../nbs/77_evaluation.concepts.ipynb #a920438d
 @patch
 def _tests(self: Study, form): # 'image' or 'latent' -> validation, test, (birds on land, birds on water), as images or as latents
     "What classifiers are chosen and tested on."
-    if hasattr(self, '_kept'): return self._kept[form]
+    if not hasattr(self, '_kept'): self._kept = {}
+    if form in self._kept: return self._kept[form]
+    if form == 'latent':
+        def read(x): return tuple(map(read, x)) if isinstance(x, tuple) else encode_rows(self.world, x)
+        return self._kept.setdefault(form, read(self._tests('image')))
     test, moved = self.scenes['test'], ()
     if len(known := test[test.masked()]):
         index = balanced_draw((2 * known.label + known.place).numpy(), np.random.default_rng([self.cfg.seed, 2]), 250)
         some = known[torch.from_numpy(index)]
         moved = tuple(image_features(edited(self.edit('exact'), some, p, 7 + p), some.label, p) for p in (0, 1))
-    images = [image_features(s.obs, s.label, s.place) for s in (self.scenes['val'], test)]
-    def read(x): return encode_rows(self.world, x)
-    self._kept = dict(image=(*images, moved), latent=(*map(read, images), tuple(map(read, moved))))
-    return self._kept[form]
+    return self._kept.setdefault(form, (*(image_features(s.obs, s.label, s.place) for s in (self.scenes['val'], test)), moved))
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #ed91cb89
+# %% ../../nbs/77_evaluation.concepts.ipynb #8468d2bf
 @patch
 def rows_for(self: Study,
     recipe: str, # a key of RECIPES
 ): # Features of images
     "The training images of a recipe; the edits of one kind are made once."
     how, seed = RECIPES[recipe], self.cfg.seed
+    world = self.world if 'recon' in how.rows else None
     scenes = self.masked if 'masked' in how.rows else self.scenes['train']
-    def make(way): return training_images(way, scenes, self.edit(how.edit) if how.edit else None, self.world, 100 + seed, self.cfg.draws)
+    def make(way): return training_images(way, scenes, self.edit(how.edit) if how.edit else None, world, 100 + seed, self.cfg.draws)
     if how.rows in ('edits', 'factual + edits'):
         if getattr(self, '_made', (None,))[0] != how.edit: self._made = how.edit, make('edits')
         made = self._made[1] if how.rows == 'edits' else stacked(make('as is'), self._made[1])
     else: made = make(how.rows)
     return even_classes(made, seed) if how.even else made
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #1e83e645
+# %% ../../nbs/77_evaluation.concepts.ipynb #351fd681
 @patch
 def classifier(self: Study,
     model: str,  # a key of MODELS
@@ -348,7 +357,7 @@ def classifier(self: Study,
     rows=None,   # Features of images, or of their latents for a head; None if it was trained before
 ): # trained network, of images or latents
     "Train, or read what was trained."
-    file = self.folder/'cells'/f'{model}-{"".join(c if c.isalnum() else "_" for c in recipe)}-{seed}.pt'
+    file = self._cell(model, recipe, seed)
     if file.exists(): return rebuild(model, torch.load(file, weights_only=True), self.scenes['train'].obs.shape[-1])
     val = self._tests(_form(model))[0]
     net = retrain(rows, val, model, RECIPES[recipe].method, 1000 * self.cfg.seed + seed, self._steps(model))
@@ -356,17 +365,23 @@ def classifier(self: Study,
     return net.eval()
 
 @patch
+def _cell(self: Study, model, recipe, seed): return self.folder/'cells'/f'{model}-{"".join(c if c.isalnum() else "_" for c in recipe)}-{seed}.pt'
+@patch
 def _steps(self: Study, model): return getattr(self.cfg, f'{model}_steps' if model in IMAGE_MODELS else 'head_steps') # updates
 def _form(model): return 'image' if model in IMAGE_MODELS else 'latent'
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #7185220b
+# %% ../../nbs/77_evaluation.concepts.ipynb #b3b8fecf
+@patch
+def cells_left(self: Study) -> list: # (recipe, model, seed)
+    "Classifiers that are asked for and have no row yet."
+    have = {(r['model'], r['recipe'], r['seed']) for r in self.done['classifiers']}
+    return [(w, m, s) for w in self.cfg.recipes for m in self.cfg.models for s in self.cfg.seeds if (m, w, s) not in have]
+
 @patch
 def retrain_all(self: Study) -> list: # rows, one for each model, recipe and seed
     "Train and test every classifier that is asked for and not there yet."
-    have = {(r['model'], r['recipe'], r['seed']) for r in self.done['classifiers']}
-    todo = [(w, m, s) for w in self.cfg.recipes for m in self.cfg.models for s in self.cfg.seeds if (m, w, s) not in have]
     made = (None, None)
-    for w, m, s in progress(todo, 'classifiers', self.cfg.progress and None):
+    for w, m, s in progress(self.cells_left(), 'classifiers', self.cfg.progress and None):
         if made[0] != w: made = w, dict(image=self.rows_for(w))
         form = _form(m)
         if form not in made[1]: made[1]['latent'] = encode_rows(self.world, made[1]['image'])
@@ -374,6 +389,35 @@ def retrain_all(self: Study) -> list: # rows, one for each model, recipe and see
         net = self.classifier(m, w, s, made[1][form])
         self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1]['image'])) | robustness(net, test, moved, self.counts, 'auto' if form == 'image' else 'off'))
     return self.done['classifiers']
+
+# %% ../../nbs/77_evaluation.concepts.ipynb #cc5f32bf
+@patch
+def ahead(self: Study):
+    "Train, and keep, what does not need the world model."
+    if 'edits' in self.cfg.parts: self.judges
+    for w, m, s in self.cells_left() if 'retrain' in self.cfg.parts else []:
+        if m in IMAGE_MODELS and RECIPES[w].edit in ('', 'exact') and 'recon' not in RECIPES[w].rows: self.classifier(m, w, s, self.rows_for(w))
+
+# %% ../../nbs/77_evaluation.concepts.ipynb #93ca736d
+def _work_ahead(cfg): # in a process of its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                                 # Ctrl-C is for the first process, which ends this one
+    with few_threads(cfg.threads): Study(dataclasses.replace(cfg, progress=False)).ahead()
+
+@contextmanager
+def meanwhile(
+    cfg: ConceptsConfig, # of the study
+):
+    "What does not need the world model, in a second process; it is waited for."
+    if cfg.workers < 2: yield; return
+    other = get_context('spawn').Process(target=_work_ahead, args=(cfg,), daemon=True)
+    other.start()
+    try:
+        yield
+        other.join()
+    finally:
+        other.terminate()
+        other.join(20)
+        other.kill()
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #7ebd07e6
 @patch
@@ -486,7 +530,7 @@ def plot_recipes(
 # %% ../../nbs/77_evaluation.concepts.ipynb #644faabf
 COSTS = dict(latents=.85, pictures=.045, drawing=.06, judging=1., masks=1.3, measuring=.4, editing=.02, head=.05, cnn=1.2, resnet18=6., looking=2.) # in updates of the small CNN: per update, image …
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #a84e9696
+# %% ../../nbs/77_evaluation.concepts.ipynb #99c0c775
 @patch
 def work_left(self: Study) -> dict: # {part: in updates of the small CNN}
     "What is not there yet."
@@ -494,32 +538,31 @@ def work_left(self: Study) -> dict: # {part: in updates of the small CNN}
     world, n = self.folder/train.experiment/'world', len(self.scenes['train'])
     left = {'world model': 0 if world.exists() and Run.open(world).done('train') else train.latent_steps * c['latents'] + train.loop.steps * train.batch_size * train.batch_length * c['pictures']}
     if not (self.folder/'judges.pt').exists() and 'edits' in cfg.parts: left['judges'] = cfg.judge_images * (c['drawing'] + 4 * 4 * 2 / 128 * c['judging'])
-    have = {r['edit'] for r in self.done['edits']}, {(r['model'], r['recipe'], r['seed']) for r in self.done['classifiers']}
-    new = [e for e in cfg.edits if e not in have[0]] if 'edits' in cfg.parts else []
-    cells = [(m, w, s) for w in cfg.recipes for m in cfg.models for s in cfg.seeds if (m, w, s) not in have[1]] if 'retrain' in cfg.parts else []
-    nets = {k for e in [*new, *(RECIPES[w].edit for _, w, _ in cells)] for k in ('image', 'imagined') if e == 'segmented' and k == 'image' or e.startswith('fine') and k == 'imagined'}
+    have, cells = {r['edit'] for r in self.done['edits']}, self.cells_left() if 'retrain' in cfg.parts else []
+    new = [e for e in cfg.edits if e not in have] if 'edits' in cfg.parts else []
+    nets = {k for e in [*new, *(RECIPES[w].edit for w, _, _ in cells)] for k in ('image', 'imagined') if e == 'segmented' and k == 'image' or e.startswith('fine') and k == 'imagined'}
     left['masks'] = sum(cfg.mask_steps * c['masks'] for k in nets if not (self.folder/'cells'/f'mask_{k}.pt').exists())
     left['edits'] = len(new) * cfg.images * c['measuring']
-    made = {w for _, w, _ in cells if RECIPES[w].edit}
-    left['classifiers'] = len(made) * n * 2 * cfg.draws * c['editing'] + sum(self._steps(m) * c[m if m in IMAGE_MODELS else 'head'] for m, _, _ in cells)
+    made = {w for w, _, _ in cells if RECIPES[w].edit}
+    left['classifiers'] = len(made) * n * 2 * cfg.draws * c['editing'] + sum(self._steps(m) * c[m if m in IMAGE_MODELS else 'head'] for w, m, s in cells if not self._cell(m, w, s).exists())
     seen = [r for r in self.done['classifiers'] if 'tcav' in r]
     if 'looks' in cfg.parts: left['looks'] = max(0, len(cfg.recipes) * sum(m != 'linear' for m in cfg.models) - len(seen)) * 4 * cfg.looks_per_group * c['looking']
     return {k: float(v) for k, v in left.items() if v}
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #6d4d8986
+# %% ../../nbs/77_evaluation.concepts.ipynb #6539a0de
 def in_turn(
     study: Study, # or whatever has work_left
     stages: dict, # {name: what to call}
     say = print   # where lines go
 ):
-    "Call one stage after the other; say after each how long the rest will take at the pace so far."
-    import time
+    "Call one stage after the other; say after each how long the rest will take at the pace of one process so far."
     left, done, spent = sum(study.work_left().values()), 0., 0.
     for name, stage in stages.items():
-        start = time.monotonic()
+        start, cpu = time.monotonic(), os.times()
         stage()
-        now, took = sum(study.work_left().values()), time.monotonic() - start
-        done, spent, left = done + left - now, spent + took, now
+        now, took, ours = sum(study.work_left().values()), time.monotonic() - start, os.times()
+        beside = (ours[2] + ours[3] - cpu[2] - cpu[3]) / max(ours[0] + ours[1] - cpu[0] - cpu[1], .01)   # CPU time of processes that it began and waited for
+        done, spent, left = done + left - now, spent + took * (1 + beside), now
         if took > 1 and done: say(f'{name}: {took:.0f} s' + (f', then about {left * spent / done:.0f} s more' if left else ''), flush=True)
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #8d5d29da
@@ -540,7 +583,7 @@ def write(self: Study):
     write_json(self.file, done | dict(explained=EXPLAINED.split('\n'), config=to_dict(self.cfg)))
     with atomic_write(self.folder/'summary.md', 'w') as f: f.write('\n\n'.join(['# Concepts', *parts, ' '.join(EXPLAINED.split()), done.get('note', '')]).strip() + '\n')
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #c88dead6
+# %% ../../nbs/77_evaluation.concepts.ipynb #fbf8eac4
 def concepts(
     cfg: ConceptsConfig, # everything that `dreamer-wb concepts` reads
 ) -> Path: # folder of the results
@@ -550,7 +593,9 @@ def concepts(
     study.run.lock()
     with study.run.stage('concepts') as facts, few_threads(cfg.threads):
         stages = dict(edits=study.measure_edits, retrain=study.retrain_all, looks=study.look_all)
-        in_turn(study, {'world model': lambda: study.world} | {p: stages[p] for p in PARTS if p in cfg.parts})
+        def world():
+            with meanwhile(cfg): return study.world
+        in_turn(study, {'world model': world} | {p: stages[p] for p in PARTS if p in cfg.parts})
         study.write()
         facts.update(edits=len(study.done['edits']), classifiers=len(study.done['classifiers']))
     report(ReportConfig(run=str(study.run.path)))

@@ -36,7 +36,7 @@ def _classify() -> ClassifyConfig: # one seed, a short ResNet-50 from scratch
 def _concepts() -> ConceptsConfig: # few ways of retraining, one seed
     "What the demo does with counterfactuals unless told otherwise."
     recipes = ['as is', 'plain copies', 'world model', 'fine cut-outs', 'exact edits', 'group-balanced']
-    return from_dict(ConceptsConfig, dict(parts=['edits', 'retrain'], recipes=recipes, edits=['exact', 'world model', 'fine cut-out'], images=400, judge_images=1500, cnn_steps=300))
+    return from_dict(ConceptsConfig, dict(parts=['edits', 'retrain'], recipes=recipes, edits=['exact', 'world model', 'fine cut-out'], images=400, judge_images=1500, cnn_steps=300, workers=2))
 
 # %% ../../nbs/71_evaluation.demo.ipynb #2390d775
 @dataclass
