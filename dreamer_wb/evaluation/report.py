@@ -6,12 +6,13 @@
 __all__ = ['GROUP_NAMES', 'Report', 'group_table', 'plot_group_samples', 'run_report', 'to_latex', 'plot_agents', 'joint_tables',
            'joint_report', 'ReportConfig', 'report']
 
-# %% ../../nbs/70_evaluation.report.ipynb #25dbdaba
+# %% ../../nbs/70_evaluation.report.ipynb #7efc47f4
 import base64
 import html
 import io
 import json
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional
@@ -390,7 +391,18 @@ def _common_table(
     scratch = [r['name'] for r in results['table'] if 'scratch' in r['name']]
     if scratch: report.text(f'**{scratch[0]}**: the published numbers of this network come from ImageNet weights. Without them it is no upper bound.', note=True)
 
-# %% ../../nbs/70_evaluation.report.ipynb #8832b21b
+# %% ../../nbs/70_evaluation.report.ipynb #4d2713a7
+def _mended(rows): # {words: figure}: the worst group of each kind of classifier before and after counterfactuals
+    from dreamer_wb.concepts.counterfactuals import MODELS
+    mean, worst = statistics.fmean, {}
+    for r in rows: worst.setdefault((r['model'], r['recipe']), []).append(100*r['worst'])
+    facts = {}
+    for m, name in MODELS.items():
+        w = next((w for w in ('factual + fine cut-outs', 'fine cut-outs', 'world model') if (m, w) in worst), None)
+        if w and (m, 'as is') in worst: facts[f'worst group: {name}, retrained on {w}'] = f'{mean(worst[m, "as is"]):.0f} → {mean(worst[m, w]):.0f} %'
+    return facts
+
+# %% ../../nbs/70_evaluation.report.ipynb #17745cef
 def _summary(
     report:Report, # the page
     run:Run, # the run
@@ -407,6 +419,7 @@ def _summary(
         for row in (max((r for r in results['table'] if r['model'].startswith('dreamer') and keep(r['method'])), key=lambda r: r['acc_worst'], default=None)
                     for keep in (lambda m: m == 'erm', lambda m: m != 'erm')):
             if row: facts[f'worst group: {row["name"]}, {row["method"]}'] = f'{100*row["acc_worst"]:.0f} %'
+    if (run.path/'concepts/results.json').exists(): facts |= _mended(read_json(run.path/'concepts/results.json')['classifiers'])
     if facts: report.facts(facts)
 
 # %% ../../nbs/70_evaluation.report.ipynb #bd1d8dbe
