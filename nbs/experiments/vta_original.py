@@ -25,10 +25,11 @@ QUIET = ['loop.progress=false', 'loop.tensorboard=false', 'loop.checkpoint_secon
 STRAIGHT = ['look_ahead=true', 'boundary_gradient=straight_through', 'beta_anneal=1', 'explore=0']
 PUBLISHED = [*STRAIGHT, 'obs_post_lag=0', 'causal=false', 'boundary_lag=0', 'num_layers=3']
 COLORS, BALL = ['experiment=colors', 'eval_size=192'], ['experiment=bouncing_balls_cpu', 'eval_size=192']
-SMALL = [*BALL, 'balls.balls=2', 'balls.radius=3', 'balls.speed=1.5', 'balls.noise=0.1', 'belief_size=64', 'width=16', 'batch_size=8', 'obs_std=.25']
-TWO = [*SMALL, 'state_size=64', 'drawing=300', 'identity_start=true', 'explore=800', 'relative=true', 'credit=1', 'loop.steps=1400', 'loop.eval_every=200', 'loop.lr=1e-3']
-TWO_BEFORE = [*SMALL, 'state_size=32', 'explore=1600', 'loop.steps=2400', 'loop.eval_every=200', 'loop.lr=3e-3']
-RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': TWO, 'two_balls/before': TWO_BEFORE, 'maze/ours': ['experiment=maze_cpu', 'eval_size=192'],
+TWO = ['experiment=two_balls_cpu', 'eval_size=192']
+EIGHT = [*TWO, 'batch_size=8', 'advantage=5', 'explore=800', 'loop.steps=1400', 'loop.eval_every=200', 'loop.schedule=constant']
+TWO_BEFORE = [*TWO, 'batch_size=8', 'advantage=5', 'state_size=32', 'drawing=0', 'identity_start=false', 'relative=false', 'credit=3', 'explore=1600', 'loop.steps=2400', 'loop.eval_every=200',
+              'loop.lr=3e-3', 'loop.schedule=constant']
+RUNS = {'colors/ours': COLORS, 'big_ball/ours': BALL, 'two_balls/ours': TWO, 'two_balls/eight': EIGHT, 'two_balls/before': TWO_BEFORE, 'maze/ours': ['experiment=maze_cpu', 'eval_size=192'],
         'colors/no_coin': [*COLORS, 'explore=0', 'loop.steps=800'], 'big_ball/no_coin': [*BALL, 'explore=0', 'loop.steps=1000'], 'colors/published': [*COLORS, *PUBLISHED, 'loop.steps=600'],
         'colors/lags': [*COLORS, *STRAIGHT, 'loop.steps=600'], 'big_ball/published': [*BALL, *PUBLISHED, 'loop.steps=600'],
         'colors/look_ahead': [*COLORS, 'look_ahead=true', 'loop.steps=600'], 'big_ball/look_ahead': [*BALL, 'look_ahead=true'],
