@@ -161,6 +161,7 @@ def test_two_processes_find_what_one_finds(finished):
     study = Study(compose(ConceptsConfig, [*args, f'out={finished}/ahead'], group=None))
     study.ahead()
     assert {p.name for p in (finished/'ahead').rglob('*.pt')} == {'judges.pt', 'cnn-as_is-0.pt', 'cnn-exact_edits-0.pt'}
+    assert not study.cells_ahead()
     study.run.close()
 
 

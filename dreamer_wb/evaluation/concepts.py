@@ -390,26 +390,33 @@ def retrain_all(self: Study) -> list: # rows, one for each model, recipe and see
         self.keep('classifiers', dict(model=m, recipe=w, seed=s, needs=RECIPES[w].needs, rows=len(made[1]['image'])) | robustness(net, test, moved, self.counts, 'auto' if form == 'image' else 'off'))
     return self.done['classifiers']
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #cc5f32bf
+# %% ../../nbs/77_evaluation.concepts.ipynb #568043cb
+@patch
+def cells_ahead(self: Study) -> list: # (recipe, model, seed)
+    "Classifiers that do not need the world model and were not trained yet."
+    free = [w for w in self.cfg.recipes if RECIPES[w].edit in ('', 'exact') and 'recon' not in RECIPES[w].rows]
+    left = self.cells_left() if 'retrain' in self.cfg.parts else []
+    return [(w, m, s) for w, m, s in left if w in free and m in IMAGE_MODELS and not self._cell(m, w, s).exists()]
+
 @patch
 def ahead(self: Study):
     "Train, and keep, what does not need the world model."
     if 'edits' in self.cfg.parts: self.judges
-    for w, m, s in self.cells_left() if 'retrain' in self.cfg.parts else []:
-        if m in IMAGE_MODELS and RECIPES[w].edit in ('', 'exact') and 'recon' not in RECIPES[w].rows: self.classifier(m, w, s, self.rows_for(w))
+    for w, m, s in self.cells_ahead(): self.classifier(m, w, s, self.rows_for(w))
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #93ca736d
+# %% ../../nbs/77_evaluation.concepts.ipynb #ddc3f495
 def _work_ahead(cfg): # in a process of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)                                                 # Ctrl-C is for the first process, which ends this one
     with few_threads(cfg.threads): Study(dataclasses.replace(cfg, progress=False)).ahead()
 
 @contextmanager
 def meanwhile(
-    cfg: ConceptsConfig, # of the study
+    study: Study, # its config says whether
 ):
-    "What does not need the world model, in a second process; it is waited for."
-    if cfg.workers < 2: yield; return
-    other = get_context('spawn').Process(target=_work_ahead, args=(cfg,), daemon=True)
+    "What does not need the world model and is not there yet, in a second process; it is waited for."
+    left = study.cells_ahead() or 'edits' in study.cfg.parts and not (study.folder/'judges.pt').exists()
+    if study.cfg.workers < 2 or not left: yield; return
+    other = get_context('spawn').Process(target=_work_ahead, args=(study.cfg,), daemon=True)
     other.start()
     try:
         yield
@@ -583,7 +590,7 @@ def write(self: Study):
     write_json(self.file, done | dict(explained=EXPLAINED.split('\n'), config=to_dict(self.cfg)))
     with atomic_write(self.folder/'summary.md', 'w') as f: f.write('\n\n'.join(['# Concepts', *parts, ' '.join(EXPLAINED.split()), done.get('note', '')]).strip() + '\n')
 
-# %% ../../nbs/77_evaluation.concepts.ipynb #fbf8eac4
+# %% ../../nbs/77_evaluation.concepts.ipynb #b42bcd5f
 def concepts(
     cfg: ConceptsConfig, # everything that `dreamer-wb concepts` reads
 ) -> Path: # folder of the results
@@ -594,7 +601,7 @@ def concepts(
     with study.run.stage('concepts') as facts, few_threads(cfg.threads):
         stages = dict(edits=study.measure_edits, retrain=study.retrain_all, looks=study.look_all)
         def world():
-            with meanwhile(cfg): return study.world
+            with meanwhile(study): return study.world
         in_turn(study, {'world model': world} | {p: stages[p] for p in PARTS if p in cfg.parts})
         study.write()
         facts.update(edits=len(study.done['edits']), classifiers=len(study.done['classifiers']))
