@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'RECIPES', 'PARTS', 'KEEPS', 'MEASURED', 'LOOKS', 'COSTS', 'EXPLAINED', 'Recipe', 'ConceptsConfig',
-           'check_concepts', 'Study', 'meanwhile', 'edit_table', 'classifier_table', 'plot_recipes', 'in_turn',
-           'concepts']
+           'check_concepts', 'Study', 'edit_table', 'classifier_table', 'plot_recipes', 'in_turn', 'concepts']
 
 # %% ../../nbs/77_evaluation.concepts.ipynb #e89e891f
 import dataclasses
@@ -410,7 +409,7 @@ def _work_ahead(cfg): # in a process of its own
     with few_threads(cfg.threads): Study(dataclasses.replace(cfg, progress=False)).ahead()
 
 @contextmanager
-def meanwhile(
+def _meanwhile(
     study: Study, # its config says whether
 ):
     "What does not need the world model and is not there yet, in a second process; it is waited for."
@@ -601,7 +600,7 @@ def concepts(
     with study.run.stage('concepts') as facts, few_threads(cfg.threads):
         stages = dict(edits=study.measure_edits, retrain=study.retrain_all, looks=study.look_all)
         def world():
-            with meanwhile(study): return study.world
+            with _meanwhile(study): return study.world
         in_turn(study, {'world model': world} | {p: stages[p] for p in PARTS if p in cfg.parts})
         study.write()
         facts.update(edits=len(study.done['edits']), classifiers=len(study.done['classifiers']))
