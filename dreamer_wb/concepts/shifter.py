@@ -426,17 +426,17 @@ class CutEdit(BackgroundEdit):
     def find(self, obs): return agreement_mask(disagreement(self.imagine, obs), self.threshold)  # (N, H, W) bool
     def apply(self, obs, mask=None, place=None, seed=0): return super().apply(obs, mask if self.trust else self.find(obs), place, seed)
 
-# %% ../../nbs/61_concepts.shifter.ipynb #f10061c5
+# %% ../../nbs/61_concepts.shifter.ipynb #c30b9292
 def strip_film(
     strips: Tensor, # (N, A, 3, H, W) uint8
     fps: int = 8,   # frames per second
     zoom: int = 2,  # pixels of the film per pixel
 ) -> bytes: # a GIF
-    "All images side by side, alpha going up and down again."
+    "All images side by side, alpha going up and down again; 256 colours of its own to each frame, also for what is small (a beak)."
     from PIL import Image
-    frames = [torch.cat(list(x), -1).permute(1, 2, 0).numpy() for x in strips.transpose(0, 1)]                # (H, N*W, 3)
-    frames = [Image.fromarray(f).resize((f.shape[1] * zoom, f.shape[0] * zoom), Image.Resampling.NEAREST) for f in frames + frames[-2:0:-1]]
-    file = io.BytesIO()
+    frames = [Image.fromarray(torch.cat(list(x), -1).permute(1, 2, 0).numpy()).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4) for x in strips.transpose(0, 1)]
+    frames = [f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames]
+    frames, file = frames + frames[-2:0:-1], io.BytesIO()
     frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
     return file.getvalue()
 

@@ -446,7 +446,7 @@ def done(self: Run,
     "Has the stage been finished?"
     return self.stages().get(name, {}).get('done', False)
 
-# %% ../../nbs/01_core.runs.ipynb #2964bffc
+# %% ../../nbs/01_core.runs.ipynb #546b6f7e
 @contextmanager
 def _timed(self, name):
     "Body of `Run.stage`."
@@ -458,7 +458,6 @@ def _timed(self, name):
     finally:
         stages = self.stages()
         before = stages.get(name, {})
-        if before.get('done'): before = {}
         stages[name] = dict(done=done, seconds=round(before.get('seconds', 0) + time.time() - start, 3),
                             cpu_seconds=round(before.get('cpu_seconds', 0) + _cpu_seconds() - cpu, 3), **facts)
         write_json(self.path/'stages.json', stages)
@@ -467,7 +466,7 @@ def _timed(self, name):
 def stage(self: Run,
           name: str # of the stage
          ):         # context manager that yields a dict for facts
-    "Time the body; the stage is done if it ends without an exception. Facts put into the yielded dict are kept."
+    "Time the body, on top of earlier calls; the stage is done if it ends without an exception. Facts put into the yielded dict are kept."
     return _timed(self, name)
 
 # %% ../../nbs/01_core.runs.ipynb #bc5b231a
