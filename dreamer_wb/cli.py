@@ -6,9 +6,10 @@
 __all__ = ['VTA', 'AGENT', 'SEQUENCES', 'EDITS', 'CONCEPTS', 'LPM', 'TRAINING', 'LOOKING', 'MEASURING', 'COMMANDS', 'Command',
            'overview', 'command_help', 'sweep', 'kind_of', 'run_command', 'main']
 
-# %% ../nbs/80_cli.ipynb #6697a0c6
+# %% ../nbs/80_cli.ipynb #9ea0700f
 import dataclasses
 import difflib
+import os
 import re
 from hashlib import sha1
 import sys
@@ -308,7 +309,12 @@ def _config_file(
     text = re.sub(r'(^|\0)(?:--)?config(?:=|(?<=--config)\0)', rf'\1{command.group}=', '\0'.join(args))
     return text.split('\0') if text else []
 
-# %% ../nbs/80_cli.ipynb #189685bb
+# %% ../nbs/80_cli.ipynb #9fbd1831
+def _show(text):
+    "Print, also to a reader that has seen enough (`dreamer-wb train --help | head`)."
+    try: print(text, flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def run_command(
     command:Command, # which command
     args:list, # what followed it on the command line
@@ -316,9 +322,7 @@ def run_command(
     "Help, one run, or a sweep."
     args = _config_file(command, args)
     command = kind_of(command, args)
-    if {'-h', '--help'} & set(args):
-        print(command_help(command))
-        return []
+    if {'-h', '--help'} & set(args): return _show(command_help(command)) or []
     flags = [a for a in args if a.startswith('-') and a not in ('-m', '--multirun')]
     if flags: raise UserError(f'`{flags[0]}`: write key=value without dashes, e.g. `{flags[0].lstrip("-").partition("=")[0]}=…` (--help lists every key)')
     overrides = [a for a in args if not a.startswith('-')]
@@ -330,13 +334,13 @@ def run_command(
         for result in results: print(command.after.format(result=result))
     return results
 
-# %% ../nbs/80_cli.ipynb #b6d1eb98
+# %% ../nbs/80_cli.ipynb #c6b4d976
 def main(
     argv:Optional[list]=None, # arguments; default: those of the process
 ) -> int: # exit status: 0 fine, 2 something to mend, 130 interrupted
     "The console command `dreamer-wb`."
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ('-h', '--help', 'help'): return print(overview()) or 0
+    if not argv or argv[0] in ('-h', '--help', 'help'): return _show(overview()) or 0
     if argv[0] in ('--version', '-V'):
         from dreamer_wb import __version__
         return print(f'dreamer_wb {__version__}') or 0

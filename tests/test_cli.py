@@ -51,6 +51,14 @@ def test_seed_commands(raw, tmp_path, monkeypatch, capsys):
     assert numbers['config']['dynamics']['deter'] == 32 and set(numbers['stages']) >= {'train', 'classify'}
 
 
+def test_help_into_a_closed_pipe():
+    "`dreamer-wb train --help | head -1` ends quietly."
+    for args in (['--help'], ['train', '--help']):
+        p = command(*args)
+        p.stdout.close()
+        assert (p.stderr.read(), p.wait()) == ('', 0)
+
+
 def test_help_is_complete_and_light():
     "Help of each command names every key of its schema; the overview does not load torch."
     from dreamer_wb.cli import command_help
