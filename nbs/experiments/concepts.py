@@ -28,7 +28,7 @@ from dreamer_wb.evaluation.concepts import EDITS, RECIPES, ConceptsConfig, Study
 
 OUT = Path(__file__).resolve().parent/'results'/'concepts.json'
 HEADS = [r for r in RECIPES if r not in ('reconstructions + world model', 'mean shift', 'exact of the masked')]
-IMAGES = ['as is', 'fine cut-outs', 'factual + fine cut-outs', 'segmented', 'factual + segmented', 'exact edits', 'factual + exact edits', 'GroupDRO', 'group-balanced', 'DFR', 'plain copies',
+IMAGES = ['as is', 'cut-outs', 'factual + cut-outs', 'fine cut-outs', 'factual + fine cut-outs', 'segmented', 'factual + segmented', 'exact edits', 'factual + exact edits', 'GroupDRO', 'group-balanced', 'DFR', 'plain copies',
           'random direction', 'world model', 'reconstructions + world model']
 
 
