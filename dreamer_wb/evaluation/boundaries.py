@@ -15,7 +15,7 @@ from ..core.config import at_least, choice, items
 from ..core.runs import Run, UserError, atomic_write, write_json
 from .report import Report
 
-# %% ../../nbs/78_evaluation.boundaries.ipynb #9b3620e0
+# %% ../../nbs/78_evaluation.boundaries.ipynb #c4102bc4
 @dataclass
 class BoundariesConfig:
     "Everything that `dreamer-wb boundaries` reads."
@@ -24,7 +24,7 @@ class BoundariesConfig:
     n: int = at_least(64, 1) # episodes at most, spread evenly over the folder
     steps: int = at_least(0, 0) # frames of each at most, 0 = all
     level: int = at_least(1, 1) # world model: boundaries of which level
-    show: int = 0 # which of them is drawn; -1 is the last
+    show: Any = 'most' # which of them is drawn: a number (-1 is the last), or the one with most boundaries
     window: Any = 'reward_or_delta' # what is drawn: reward, delta, reward_or_delta, boundary (most of them), or the first frame
     length: int = at_least(30, 1) # frames in the grid; the other figures show four times as many
     events: List[str] = items('delta', 'reward', 'lives', 'room', 'other') # what boundaries are tested against; also score
@@ -38,7 +38,7 @@ class BoundariesConfig:
     device: str = 'auto' # cpu, cuda, cuda:1, …; auto takes the GPU if there is one
     out: str = '' # folder of the page; default: boundaries/ in the run folder
 
-# %% ../../nbs/78_evaluation.boundaries.ipynb #07d691a7
+# %% ../../nbs/78_evaluation.boundaries.ipynb #0ccc53ba
 def _look(cfg):
     "Episodes with boundaries, the diagnosis, and the settings of the run."
     from dreamer_wb.dreamer.world_model import pick_device
@@ -49,10 +49,15 @@ def _look(cfg):
     run = Run.open(cfg.run)
     episodes = run_episodes(run, cfg.episodes, cfg.n, cfg.steps, cfg.level, pick_device(cfg.device))
     settings = boundary_settings(run, cfg.level)
-    if not -len(episodes) <= cfg.show < len(episodes): raise UserError(f'show={cfg.show}: there are {len(episodes)} episodes; give 0 to {len(episodes) - 1}')
     return run, episodes, settings, diagnose_episodes(episodes, settings)
 
-# %% ../../nbs/78_evaluation.boundaries.ipynb #75af4812
+def _shown(cfg, episodes):
+    "The episode to draw; a `UserError` if there is none of that number."
+    if cfg.show == 'most': return max(episodes, key=lambda e: (e['read'] & ~e['forced']).sum())
+    try: return episodes[int(cfg.show)]
+    except (TypeError, ValueError, IndexError): raise UserError(f'show={cfg.show}: there are {len(episodes)} episodes; give 0 to {len(episodes) - 1}, or most') from None
+
+# %% ../../nbs/78_evaluation.boundaries.ipynb #55c29419
 def boundaries(
     cfg:BoundariesConfig, # which run, and what to ask
 ) -> Path: # report.html
@@ -61,11 +66,12 @@ def boundaries(
     from dreamer_wb.vta.boundaries import boundary_report
     from dreamer_wb.vta.figures import boundary_figures, judge_boundaries
     run, episodes, settings, diagnosis = _look(cfg)
+    shown = _shown(cfg, episodes)
     result = judge_boundaries(episodes, settings, tol=tuple(cfg.tolerance), percentile=cfg.delta_percentile, words=cfg.events, kind=cfg.permutation,
                               n=cfg.n_permutations, draws=cfg.n_bootstrap, level=cfg.confidence, seed=cfg.seed)
     try: window = int(cfg.window)
     except (TypeError, ValueError): window = cfg.window
-    figures = boundary_figures(episodes[cfg.show], settings, window, cfg.length)
+    figures = boundary_figures(shown, settings, window, cfg.length)
     out = Path(cfg.out) if cfg.out else run.path/'boundaries'
     write_json(out/'boundary_eval.json', dict(result, run=str(run.path), diagnosis=diagnosis, config=to_dict(cfg)))
     with atomic_write(out/'boundary_eval.md', 'w') as f: f.write(boundary_report(result, f'Boundaries of {run.experiment}/{run.name}'))
