@@ -21,6 +21,7 @@ HEAVY = {'torch', 'torchvision', 'fastai', 'numpy', 'pandas', 'matplotlib', 'skl
 LIGHT = {'numpy', 'fastcore', 'dreamer_wb'} | set(sys.stdlib_module_names)
 TORCH = {'dreamer', 'classifier', 'vta', 'lpm', 'concepts'}     # chapters that are about networks
 MAY_ALSO = {**{f'evaluation.{m}': {'torch'} for m in ('tcav', 'gradcam', 'corruptions', 'evaluate', 'concepts')}, 'core.deferred': {'torch'}, 'core.graph': {'torch'},
+            'core.kernels': {'torch', 'numba'},
             'core.learner': {'torch', 'fastai'},              # the one training loop is a fastai Learner
             'data.episodes': {'torch'}, 'data.synthetic': {'PIL'}}   # what they hand out, what they draw with
 
@@ -124,7 +125,7 @@ def test_readers_keep_their_torch(config):
 
 def test_wheel_has_what_the_package_reads(run_python, tmp_path):
     "Presets and style sheets are part of what setup.py installs."
-    files = {p.relative_to(package).as_posix() for p in package.rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')}
+    files = {p.relative_to(package).as_posix() for p in package.rglob('*') if p.is_file() and p.suffix != '.py' and '__pycache__' not in p.parts}
     done = run_python('-W', 'ignore', 'setup.py', '-q', 'build', '--build-base', tmp_path, 'egg_info', '--egg-base', tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     built = {p.relative_to(tmp_path/'lib'/'dreamer_wb').as_posix() for p in (tmp_path/'lib').rglob('*') if p.is_file()}

@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..core.config import LoopConfig, at_least, choice, from_dict, to_dict
+from ..core.kernels import NormELU, ToRGB, WholeConv, WholeConvTranspose, dequantise
 from ..core.runs import Run, UserError, atomic_write, is_main, load_checkpoint, save_checkpoint, write_json
 from ..data.episodes import Batches, EpisodeStore, Sequential
 from ..dreamer.distributions import Gaussian
@@ -80,8 +81,12 @@ def read_frames(
     "Quantise to `bits`, fill the bits below with noise, and stretch to [-1, 1)."
     if obs.dtype != torch.uint8: raise TypeError(f'read_frames takes uint8 images (0..255), not {obs.dtype}')
     noise = random_bytes(obs.shape, obs.device) if noise is None else noise
-    x = (obs >> (8 - bits)).int().mul_(256).add_(noise)
-    return x.float().add_(.5).mul_(2 / 2**(bits + 8)).sub_(1)
+    if obs.device.type == 'cpu' and torch.get_num_threads() == 1:
+        out = torch.empty(obs.shape)
+        dequantise(*(x.flatten().numpy() for x in (obs, noise)), bits, out.view(-1).numpy())
+        return out
+    step = 2 / 2**(bits + 8)                                                # all sums below are exact
+    return noise.float().add_((obs >> (8 - bits)).float(), alpha=256).mul_(step).add_(step/2 - 1)
 
 def frames_to_image(
     x: Tensor,     # (..., 3, H, W) float, what the decoder says
@@ -100,16 +105,18 @@ def wide(
 
 # %% ../../nbs/42_vta.model.ipynb #98afc597
 def _scan_forward(ctx, gates, h, weight, bias, new, old, add):
-    H, hs, ys, kept = h.shape[-1], [], [], []
-    for t in range(len(gates)):
-        rec = torch.baddbmm(bias, h, weight)                                        # (G,B,3H)
-        ru = (gates[t, ..., :2*H] + rec[..., :2*H]).sigmoid_()
-        n = torch.addcmul(gates[t, ..., 2*H:], ru[..., :H], rec[..., 2*H:]).tanh_()
-        y = torch.lerp(n, h, ru[..., H:])
-        hs.append(h); ys.append(y); kept.append((ru, n, rec[..., 2*H:]))
-        h = y * new[t]
-        if old is not None: h = h.addcmul_(hs[-1], old[t])
-        if add is not None: h = h.add_(add[t])
+    H, hs, ys, kept, none = h.shape[-1], [], [], [], [None]*len(gates)
+    steps = zip(gates[..., :2*H], gates[..., 2*H:], new, none if old is None else old, none if add is None else add)
+    for gate_ru, gate_n, fresh, stays, more in steps:
+        rec_ru, rec_n = torch.baddbmm(bias, h, weight).split((2*H, H), -1)          # (G,B,2H), (G,B,H)
+        ru = (gate_ru + rec_ru).sigmoid_()
+        r, u = ru.chunk(2, -1)
+        n = torch.addcmul(gate_n, r, rec_n).tanh_()
+        y = torch.lerp(n, h, u)
+        hs.append(h); ys.append(y); kept.append((ru, n, rec_n))
+        h = y * fresh
+        if stays is not None: h = h.addcmul_(hs[-1], stays)
+        if more is not None: h = h.add_(more)
     hs, ys, ru, n, rec = torch.stack(hs), torch.stack(ys), *(torch.stack(x) for x in zip(*kept))
     ctx.save_for_backward(hs, ys, ru, n, rec, weight, new, old)
     ctx.has_add = add is not None
@@ -118,20 +125,21 @@ def _scan_forward(ctx, gates, h, weight, bias, new, old, add):
 # %% ../../nbs/42_vta.model.ipynb #129f7437
 def _scan_backward(ctx, gy, gh):
     hs, ys, ru, n, rec, weight, new, old = ctx.saved_tensors
-    H, wt, T = hs.shape[-1], weight.mT, len(hs)
-    r, u = ru[..., :H], ru[..., H:]
+    wt, dh, dys, dhs, dgs = weight.mT, torch.zeros_like(hs[0]), [], [], []
+    r, u = ru.chunk(2, -1)
     dn = (1 - u) * (1 - n*n)                                                        # of the candidate's argument, per dy
     factors = torch.stack([dn * rec * r * (1 - r), (hs - n) * u * (1 - u), dn * r], -2)   # (T,G,B,3,H)
-    dys, dhs, dgs, dh = [None]*T, [None]*T, [None]*T, torch.zeros_like(hs[0])
-    for t in reversed(range(T)):
-        dhs[t] = dh = dh + gh[t]
-        dys[t] = torch.addcmul(gy[t], dh, new[t])
-        dgs[t] = (factors[t] * dys[t].unsqueeze(-2)).flatten(-2)                    # (G,B,3H)
-        before = torch.baddbmm(dys[t] * u[t], dgs[t], wt)
-        dh = before if old is None else before.addcmul_(dh, old[t])
-    dhs, dys, dgs = torch.stack(dhs), torch.stack(dys), torch.stack(dgs)
+    steps = zip(*([None]*len(hs) if x is None else x.unbind() for x in (gy, gh, new, old, u, factors)))
+    for gy_t, gh_t, fresh, stays, u_t, factor in reversed(list(steps)):
+        dh = dh + gh_t
+        dy = torch.addcmul(gy_t, dh, fresh)
+        dg = (factor * dy.unsqueeze(-2)).flatten(-2)                                # (G,B,3H)
+        dys.append(dy); dhs.append(dh); dgs.append(dg)
+        before = torch.baddbmm(dy * u_t, dg, wt)
+        dh = before if stays is None else before.addcmul_(dh, stays)
+    dhs, dys, dgs = (torch.stack(x[::-1]) for x in (dhs, dys, dgs))
     flat, dot = lambda x: x.transpose(0, 1).flatten(1, 2), lambda x: (dhs * x).sum(-1, keepdim=True)
-    return (torch.cat([dgs[..., :2*H], dys * dn], -1), dh, flat(hs).mT @ flat(dgs), flat(dgs).sum(1, keepdim=True),
+    return (torch.cat([dgs[..., :2*hs.shape[-1]], dys * dn], -1), dh, flat(hs).mT @ flat(dgs), flat(dgs).sum(1, keepdim=True),
             dot(ys), None if old is None else dot(hs), dhs if ctx.has_add else None)
 
 class GRUScan(Function):
@@ -161,8 +169,8 @@ def conv_layer(
     *args,               # kernel, stride, padding
 ) -> nn.Sequential:
     "Convolution without bias, batch norm, ELU."
-    norm = nn.BatchNorm1d if kind is nn.Conv1d else nn.BatchNorm2d
-    return nn.Sequential(kind(n_in, n_out, *args, bias=False), norm(n_out), nn.ELU(inplace=True))
+    conv = kind(n_in, n_out, *args, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm1d(n_out), nn.ELU(inplace=True)) if kind is nn.Conv1d else nn.Sequential(conv, NormELU(n_out))
 
 # %% ../../nbs/42_vta.model.ipynb #2598eb0b
 def image_widths(
@@ -184,7 +192,7 @@ def make_encoder(
     "Halve the side until it is 4, then a 4x4 convolution without padding."
     ws = image_widths(H, size, width)
     halves = [conv_layer(nn.Conv2d, a, b, 4, 2, 1) for a, b in zip([3, *ws], ws)]
-    return nn.Sequential(*halves, conv_layer(nn.Conv2d, ws[-1], H, 4, 1, 0), nn.Flatten())
+    return nn.Sequential(*halves, conv_layer(WholeConv, ws[-1], H, 4), nn.Flatten())
 
 # %% ../../nbs/42_vta.model.ipynb #32e60c2a
 def make_decoder(
@@ -195,8 +203,8 @@ def make_decoder(
     "The encoder upside down; tanh in the end."
     ws = image_widths(H, size, width)[::-1]
     doublings = [conv_layer(nn.ConvTranspose2d, a, b, 4, 2, 1) for a, b in zip(ws, ws[1:])]
-    return nn.Sequential(nn.Unflatten(1, (H, 1, 1)), conv_layer(nn.ConvTranspose2d, H, ws[0], 4, 1, 0), *doublings,
-                         nn.ConvTranspose2d(ws[-1], 3, 4, 2, 1), nn.Tanh())
+    return nn.Sequential(nn.Unflatten(1, (H, 1, 1)), conv_layer(WholeConvTranspose, H, ws[0], 4), *doublings,
+                         ToRGB(ws[-1]), nn.Tanh())
 
 # %% ../../nbs/42_vta.model.ipynb #4787aaf5
 class BoundaryConv(nn.Module):
@@ -469,7 +477,8 @@ def losses(self: VTA,
     prior = trace.prior_logit
     if self.training and cfg.regularise != 'none': prior = constrain(prior, trace.read, cfg.seg_num, cfg.seg_len)
     n, post = target[0, 0].numel(), trace.post_logit[:, 1:]                        # the boundaries that `prior` predicts
-    error = (trace.rec.unflatten(0, (-1, len(target))) - target).square().flatten(3).sum(-1).flatten(0, 1)
+    rec = trace.rec.unflatten(0, (-1, len(target)))
+    error = F.mse_loss(rec, target.expand_as(rec), reduction='none').flatten(3).sum(-1).flatten(0, 1)
     return dict(obs_cost=.5*error/cfg.obs_std**2 + n*(math.log(cfg.obs_std) + .5*math.log(2*math.pi)),
                 kl_abs=trace.z[0].kl(trace.z[1]) * trace.read.detach(), kl_obs=trace.s[0].kl(trace.s[1]),
                 kl_mask=self.boundary_kl(post, prior, trace.log_sample[:, 1:]))
