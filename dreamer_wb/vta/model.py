@@ -83,7 +83,7 @@ def read_frames(
     noise = random_bytes(obs.shape, obs.device) if noise is None else noise
     if obs.device.type == 'cpu' and torch.get_num_threads() == 1:
         out = torch.empty(obs.shape)
-        dequantise(*(x.flatten().numpy() for x in (obs, noise)), bits, out.view(-1).numpy())
+        dequantise(*(x.flatten().numpy() for x in (obs, noise.expand_as(obs))), bits, out.view(-1).numpy())
         return out
     step = 2 / 2**(bits + 8)                                                # all sums below are exact
     return noise.float().add_((obs >> (8 - bits)).float(), alpha=256).mul_(step).add_(step/2 - 1)
